@@ -1,0 +1,165 @@
+"""Settings: flags > FARM_* environment > farm.toml > defaults.
+
+Nothing needs to be set: without any setting the farm lives in one directory (`home`) with SQLite,
+local pictures and its own Redis or Valkey on a unix socket.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from farm.errors import InvalidConfig
+
+SOCKET_PATH_LIMIT = 100  # bytes; sockaddr_un holds 108 on Linux, 104 on macOS
+
+
+def default_home() -> Path:
+    """Where the farm lives unless `home` says otherwise: $XDG_DATA_HOME/farm."""
+    base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(base).expanduser() / "farm"
+
+
+class Settings(BaseSettings):
+    """All settings of the farm. Times in seconds."""
+
+    model_config = SettingsConfigDict(env_prefix="FARM_", extra="forbid", frozen=True)
+
+    home: Path = Field(default_factory=default_home, description="directory of the embedded farm")
+    database_url: SecretStr | None = Field(
+        None, description="SQLAlchemy URL; default: SQLite in home. postgresql+psycopg://user@host/db"
+    )
+    broker_url: SecretStr | None = Field(
+        None, description="Redis or Valkey URL; default: the embedded server's socket. redis://host:6379/0"
+    )
+    blobs_url: str | None = Field(
+        None, description="where pictures go; default: home/blobs. file:///dir or s3://bucket/prefix"
+    )
+    models_file: Path | None = Field(None, description="the catalogue; default: models.toml here or in home")
+
+    s3_endpoint_url: str | None = Field(None, description="S3 server; default: Amazon's")
+    s3_region: str | None = Field(None, description="S3 region")
+    s3_access_key: SecretStr | None = Field(None, description="default: boto3's own chain")
+    s3_secret_key: SecretStr | None = Field(None, description="default: boto3's own chain")
+    s3_path_style: bool = Field(True, description="bucket in the path (most S3 servers) or in the host")
+    s3_checksums: Literal["when_required", "when_supported"] = Field(
+        "when_required", description="extra checksums; many S3 servers know none"
+    )
+
+    session_ttl_s: float = Field(30.0, gt=0, description="a worker silent for so long is lost")
+    tick_s: float = Field(1.0, gt=0, description="how often the dispatcher looks")
+    max_failures: int = Field(3, ge=1, description="failures after which a job is failed")
+    retry_delay_s: float = Field(2.0, ge=0, description="wait after a failure, doubled each time")
+    tokens_per_worker: int = Field(2, ge=1, description="doorbell messages a live worker")
+    bundle_seconds: float = Field(4.0, gt=0, description="work a worker claims at once")
+    bundle_max: int = Field(64, ge=1, le=1024, description="most jobs in one bundle")
+    load_timeout_s: float = Field(900.0, gt=0, description="longest a model may take to load")
+    step_timeout_s: float = Field(300.0, gt=0, description="longest silence of a rendering engine")
+    shutdown_grace_s: float = Field(30.0, ge=0, description="time to finish pictures at shutdown")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        toml = TomlConfigSettingsSource(settings_cls, config_file())
+        return init_settings, env_settings, toml
+
+    @property
+    def database(self) -> str:
+        """SQLAlchemy URL, secrets included."""
+        if self.database_url:
+            return self.database_url.get_secret_value()
+        return f"sqlite:///{self.home.resolve() / 'farm.db'}"
+
+    @property
+    def broker(self) -> str:
+        """Celery broker URL, secrets included."""
+        if self.broker_url:
+            return self.broker_url.get_secret_value()
+        return f"redis+socket://{self.broker_socket}"
+
+    @property
+    def broker_socket(self) -> Path:
+        """The embedded server's unix socket; in the temporary directory if home's path is too long."""
+        path = self.home.resolve() / "broker.sock"
+        if len(os.fsencode(path)) < SOCKET_PATH_LIMIT:
+            return path
+        name = hashlib.sha256(os.fsencode(self.home.resolve())).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"farm-{os.getuid()}-{name}.sock"
+
+    @property
+    def blobs(self) -> str:
+        """Blob store URL."""
+        return self.blobs_url or f"file://{self.home.resolve() / 'blobs'}"
+
+    @property
+    def catalog_path(self) -> Path | None:
+        """The models.toml in force, if there is one."""
+        if self.models_file:
+            return self.models_file
+        for path in (Path("models.toml"), self.home / "models.toml"):
+            if path.is_file():
+                return path
+        return None
+
+    def shown(self) -> dict[str, Any]:
+        """Every setting for a person's eyes: secrets and passwords in URLs redacted."""
+        values: dict[str, Any] = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, SecretStr):
+                value = redact(value.get_secret_value()) if name.endswith("_url") else "**********"
+            elif name.endswith("_url") and value:
+                value = redact(value)
+            values[name] = str(value) if isinstance(value, Path) else value
+        return values
+
+
+def redact(url: str) -> str:
+    """A URL without its password; query values are hidden too, since they may hold secrets."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    user = parts.netloc.rpartition("@")[0].partition(":")
+    who = f"{user[0]}:**********@" if user[1] else (f"{user[0]}@" if user[0] else "")
+    query = "?**********" if parts.query else ""
+    return f"{parts.scheme}://{who}{host}{parts.path}{query}"
+
+
+def config_file() -> Path:
+    """farm.toml: $FARM_CONFIG, else ./farm.toml."""
+    return Path(os.environ.get("FARM_CONFIG", "farm.toml"))
+
+
+def load_settings(**flags: Any) -> Settings:
+    """Settings from all sources; flags that are None count as not given.
+
+    Raises InvalidConfig naming each wrong setting, never its secret value.
+    """
+    try:
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        lines = []
+        for item in error.errors(include_url=False, include_input=False, include_context=False):
+            name = ".".join(str(part) for part in item["loc"])
+            lines.append(f"{name} (FARM_{name.upper()}): {item['msg']}")
+        raise InvalidConfig("wrong settings: " + "; ".join(lines)) from None
+    except ValueError as error:  # a farm.toml that is no TOML
+        raise InvalidConfig(f"{config_file()}: {error}") from None

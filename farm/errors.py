@@ -1,0 +1,198 @@
+"""Every failure of the farm, sorted by what happens next.
+
+    FarmError                       code, a sentence that a person can act on
+    |-- Invalid                     refused, or the job is `failed` at once; never retried
+    |   |-- InvalidPrompt           ERR_INVALID_PROMPT
+    |   |-- InvalidParameter        ERR_INVALID_PARAMETER
+    |   |-- UnknownModel            ERR_UNKNOWN_MODEL
+    |   |-- InvalidPromptFile       ERR_INVALID_PROMPT_FILE   (carries one RowError a bad line)
+    |   |-- InvalidConfig           ERR_INVALID_CONFIG
+    |   `-- NotFound                ERR_NOT_FOUND
+    |-- RenderFailed                ERR_RENDER_FAILED    a failure is counted, the job is retried
+    |   `-- BadImage                ERR_BAD_IMAGE        uniform or NaN picture
+    |-- OutOfMemory                 ERR_OUT_OF_MEMORY    smaller micro-batch; `failed` only when alone
+    |-- EnvironmentFault            the job goes back and no failure is counted; the lane backs off
+    |   |-- DatabaseUnavailable     ERR_DATABASE_UNAVAILABLE
+    |   |-- BrokerUnavailable       ERR_BROKER_UNAVAILABLE
+    |   |-- StorageUnavailable      ERR_STORAGE_UNAVAILABLE
+    |   |-- BlobNotFound            ERR_BLOB_NOT_FOUND
+    |   `-- ModelNotLoaded          ERR_MODEL_NOT_LOADED
+    |-- EngineFault                 the child is replaced, the jobs it had started are suspects
+    |   |-- EngineCrashed           ERR_ENGINE_CRASHED
+    |   `-- EngineHung              ERR_ENGINE_HUNG
+    `-- JobCancelled                ERR_CANCELLED        a person asked for it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class FarmError(Exception):
+    """Something went wrong in the farm."""
+
+    code: ClassVar[str] = "ERR_INTERNAL"
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or (self.__doc__ or self.code).strip().splitlines()[0])
+
+    @property
+    def message(self) -> str:
+        return str(self.args[0])
+
+
+class Invalid(FarmError):
+    """The request cannot be carried out as it stands."""
+
+    code = "ERR_INVALID"
+
+
+class InvalidPrompt(Invalid):
+    """The prompt is empty, too long or holds characters that no model reads."""
+
+    code = "ERR_INVALID_PROMPT"
+
+
+class InvalidParameter(Invalid):
+    """A parameter is out of range or of the wrong type."""
+
+    code = "ERR_INVALID_PARAMETER"
+
+
+class UnknownModel(Invalid):
+    """No model of that name is in the catalogue."""
+
+    code = "ERR_UNKNOWN_MODEL"
+
+
+@dataclass(frozen=True)
+class RowError:
+    """One bad field of one line: `line` counts from 1, `expected` says what would have been right."""
+
+    line: int
+    field: str
+    got: str
+    expected: str
+    code: str = InvalidParameter.code
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.field}: {self.expected} (got {self.got})"
+
+
+class InvalidPromptFile(Invalid):
+    """The prompt file has bad lines; nothing was accepted."""
+
+    code = "ERR_INVALID_PROMPT_FILE"
+
+    def __init__(self, message: str, errors: Sequence[RowError] = ()) -> None:
+        super().__init__(message)
+        self.errors = list(errors)
+
+
+class InvalidConfig(Invalid):
+    """A setting is missing or wrong."""
+
+    code = "ERR_INVALID_CONFIG"
+
+
+class NotFound(Invalid):
+    """There is no such batch, job or worker."""
+
+    code = "ERR_NOT_FOUND"
+
+
+class RenderFailed(FarmError):
+    """The engine could not render this job."""
+
+    code = "ERR_RENDER_FAILED"
+
+
+class BadImage(RenderFailed):
+    """The engine gave a picture of one single colour, or one with NaN values."""
+
+    code = "ERR_BAD_IMAGE"
+
+
+class OutOfMemory(FarmError):
+    """The device has too little memory for this job, even alone."""
+
+    code = "ERR_OUT_OF_MEMORY"
+
+
+class EnvironmentFault(FarmError):
+    """Something around the job is away or full; the job waits until it is back."""
+
+    code = "ERR_ENVIRONMENT"
+
+
+class DatabaseUnavailable(EnvironmentFault):
+    """The database does not answer."""
+
+    code = "ERR_DATABASE_UNAVAILABLE"
+
+
+class BrokerUnavailable(EnvironmentFault):
+    """Redis (or Valkey) does not answer."""
+
+    code = "ERR_BROKER_UNAVAILABLE"
+
+
+class StorageUnavailable(EnvironmentFault):
+    """The blob store does not answer, or refused to write."""
+
+    code = "ERR_STORAGE_UNAVAILABLE"
+
+
+class BlobNotFound(EnvironmentFault):
+    """The blob store has no object under this key."""
+
+    code = "ERR_BLOB_NOT_FOUND"
+
+
+class ModelNotLoaded(EnvironmentFault):
+    """The model's files are missing or broken, so the worker takes no job."""
+
+    code = "ERR_MODEL_NOT_LOADED"
+
+
+class EngineFault(FarmError):
+    """The engine's process failed."""
+
+    code = "ERR_ENGINE"
+
+
+class EngineCrashed(EngineFault):
+    """The engine's process died during a render."""
+
+    code = "ERR_ENGINE_CRASHED"
+
+
+class EngineHung(EngineFault):
+    """The engine's process gave no sign of life within its time limit."""
+
+    code = "ERR_ENGINE_HUNG"
+
+
+class JobCancelled(FarmError):
+    """The job was cancelled."""
+
+    code = "ERR_CANCELLED"
+
+
+def _tree(root: type[FarmError]) -> list[type[FarmError]]:
+    return [root] + [leaf for sub in root.__subclasses__() for leaf in _tree(sub)]
+
+
+def by_code(code: str, message: str) -> FarmError:
+    """The exception that a stable code stands for; an unknown code gives a plain FarmError.
+
+    Used where a failure crossed a process boundary as (code, sentence).
+    """
+    for cls in _tree(FarmError):
+        if cls.code == code:
+            error = cls.__new__(cls)
+            FarmError.__init__(error, message)
+            return error
+    return FarmError(message)

@@ -1,0 +1,1 @@
+"""SQL, the only truth: `jobs` moves states, `batches`, `sessions` and `reads` do what they say."""

@@ -1,0 +1,101 @@
+"""The connection to SQL: SQLite in WAL mode or PostgreSQL through psycopg 3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from farm.errors import DatabaseUnavailable, InvalidConfig
+
+BUSY_TIMEOUT_S = 30
+
+
+class Database:
+    """Short transactions on one database. Safe to use from several threads.
+
+    Raises InvalidConfig for a URL that is none, and for a driver that is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            parsed = make_url(url)
+        except ArgumentError:
+            raise InvalidConfig(
+                "database_url is no SQLAlchemy URL; write sqlite:////path/farm.db or "
+                "postgresql+psycopg://user:password@host/name"
+            ) from None
+        self.dialect = parsed.get_backend_name()
+        self.shown = parsed.render_as_string(hide_password=True)
+        if self.dialect not in ("sqlite", "postgresql"):
+            raise InvalidConfig(f"database {self.dialect!r} is not served: sqlite or postgresql is")
+        try:
+            self.engine = self._engine(url, parsed.database)
+        except ModuleNotFoundError as error:
+            raise InvalidConfig(
+                f"{self.shown} needs the package {error.name}: pip install 'renderfarm[postgres]'"
+            ) from None
+
+    def _engine(self, url: str, database: str | None) -> Engine:
+        if self.dialect == "postgresql":
+            if url.startswith("postgresql://"):
+                url = url.replace("postgresql://", "postgresql+psycopg://", 1)
+            args = {"connect_timeout": 5, "application_name": "farm"}
+            return create_engine(url, pool_pre_ping=True, connect_args=args)
+        if database and database != ":memory:":
+            Path(database).parent.mkdir(parents=True, exist_ok=True)
+        engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
+        event.listen(engine, "connect", _sqlite_connect)
+        event.listen(engine, "begin", _sqlite_begin)
+        return engine
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """One writing transaction: committed at the end of the block, rolled back on an exception.
+
+        Raises DatabaseUnavailable when the database is away.
+        """
+        with self._transaction(write=True) as connection:
+            yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """One reading transaction. Raises DatabaseUnavailable when the database is away."""
+        with self._transaction(write=False) as connection:
+            yield connection
+
+    @contextmanager
+    def _transaction(self, *, write: bool) -> Iterator[Connection]:
+        try:
+            with self.engine.connect().execution_options(farm_write=write) as connection:
+                with connection.begin():
+                    yield connection
+        except (OperationalError, InterfaceError, PoolTimeout) as error:
+            raise DatabaseUnavailable(f"{self.shown} does not answer: {_first_line(error)}") from error
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def _first_line(error: Exception) -> str:
+    cause = error.orig if isinstance(error, DBAPIError) and error.orig else error
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+
+
+def _sqlite_connect(connection: Any, record: Any) -> None:
+    connection.isolation_level = None  # we say BEGIN ourselves
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _sqlite_begin(connection: Connection) -> None:
+    """A writer takes the lock at once: upgrading a read lock later would fail as `locked`."""
+    write = connection.get_execution_options().get("farm_write")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

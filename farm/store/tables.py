@@ -1,0 +1,188 @@
+"""The tables. Times are seconds since 1970 in UTC, taken from the database's clock only.
+
+The invariants stand here as CHECK constraints, so that no code path can break them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Double,
+    Float,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    func,
+    text,
+)
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+from farm.states import FINAL_STATES, JobState
+
+
+class now(FunctionElement[float]):
+    """The database's clock in seconds since 1970 (wall clock, also inside a transaction)."""
+
+    type = Double()
+    inherit_cache = True
+    name = "now"
+
+
+@compiles(now, "sqlite")
+def _now_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(now, "postgresql")
+def _now_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
+    return "extract(epoch from clock_timestamp())::double precision"
+
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(column_0_label)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+STATES = tuple(JobState)
+
+
+def _in(column: str, values: Any) -> str:
+    return f"{column} IN ({', '.join(repr(str(v)) for v in sorted(values))})"
+
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", String(16), primary_key=True),
+    Column("name", Text, nullable=False, server_default=""),
+    Column("owner", Text, nullable=False, server_default=""),
+    Column("priority", Integer, nullable=False, server_default="0"),  # larger goes first
+    Column("params", JSON, nullable=False),  # what its jobs share, once
+    Column("total", Integer, nullable=False, server_default="0"),
+    Column("ready", Boolean, nullable=False, server_default=text("false")),  # wholly submitted
+    Column("paused", Boolean, nullable=False, server_default=text("false")),
+    Column("created_at", Double, nullable=False),
+    Column("started_at", Double),  # first claim
+    Column("finished_at", Double),  # last time that its last job reached a final state
+)
+
+# How many jobs of a batch stand in each state, by model; kept in the transaction of each
+# transition. It is the answer to `status` and the backlog that claims are chosen from.
+counts = Table(
+    "batch_counts",
+    metadata,
+    Column("batch_id", ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True),
+    Column("model", String(63), primary_key=True),
+    *(Column(state, Integer, nullable=False, server_default="0") for state in STATES),
+    *(CheckConstraint(f"{state} >= 0", name=f"{state}_not_negative") for state in STATES),
+    Index("ix_batch_counts_backlog", "model", sqlite_where=text("queued > 0"),
+          postgresql_where=text("queued > 0")),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("batch_id", ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True),
+    Column("idx", Integer, primary_key=True, autoincrement=False),  # place in the batch, from 0
+    Column("model", String(63), nullable=False),
+    Column("key", String(16), nullable=False),  # compatibility key
+    Column("prompt", Text, nullable=False),
+    Column("negative_prompt", Text, nullable=False, server_default=""),
+    Column("seed", BigInteger, nullable=False),
+    Column("params", JSON(none_as_null=True)),  # what differs from the batch's own
+    Column("state", String(9), nullable=False, server_default=JobState.QUEUED),
+    Column("claim_no", Integer, nullable=False, server_default="0"),  # only ever grows
+    Column("failures", Integer, nullable=False, server_default="0"),  # what retry limits count
+    Column("session_id", String(32)),
+    Column("engine", String(16)),  # of the claim, then of the picture
+    Column("started_at", Double),  # its own render began under the present claim
+    Column("progress", Float, nullable=False, server_default="0"),  # 0..1 of the present claim
+    Column("suspect", Boolean, nullable=False, server_default=text("false")),  # runs alone
+    Column("cancel_requested", Boolean, nullable=False, server_default=text("false")),
+    Column("not_before", Double),
+    Column("finished_at", Double),
+    Column("object_key", Text),
+    Column("sha256", String(64)),
+    Column("size_bytes", Integer),
+    Column("render_s", Float),
+    Column("fingerprint", String(64)),
+    Column("error_code", String(40)),
+    Column("error", Text),
+    CheckConstraint(_in("state", STATES), name="state_known"),
+    CheckConstraint(
+        f"({_in('state', FINAL_STATES)}) = (finished_at IS NOT NULL)", name="final_has_time"
+    ),
+    CheckConstraint(
+        "state <> 'succeeded' OR (object_key IS NOT NULL AND sha256 IS NOT NULL"
+        " AND fingerprint IS NOT NULL)",
+        name="succeeded_has_object",
+    ),
+    CheckConstraint("state <> 'failed' OR error_code IS NOT NULL", name="failed_has_code"),
+    CheckConstraint(
+        "(state = 'running') = (session_id IS NOT NULL)", name="running_has_session"
+    ),
+    Index("ix_jobs_queued", "batch_id", "model", "idx", sqlite_where=text("state = 'queued'"),
+          postgresql_where=text("state = 'queued'")),
+    Index("ix_jobs_held", "session_id", sqlite_where=text("state = 'running'"),
+          postgresql_where=text("state = 'running'")),
+    Index("ix_jobs_failed", "batch_id", "error_code", sqlite_where=text("state = 'failed'"),
+          postgresql_where=text("state = 'failed'")),
+)
+
+# Every change of a job's state that is not the plain way, with its reason.
+events = Table(
+    "job_events",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), Identity(), primary_key=True),
+    Column("batch_id", String(16), nullable=False),
+    Column("idx", Integer, nullable=False),
+    Column("at", Double, nullable=False),
+    Column("kind", String(20), nullable=False),  # requeued, failed, cancelled, redriven
+    Column("code", String(40)),
+    Column("message", Text),
+    Column("session_id", String(32)),
+    Column("claim_no", Integer),
+    Index("ix_job_events_job", "batch_id", "idx"),
+)
+
+# One life of a worker. The heartbeat is the lease of all it holds.
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("model", String(63), nullable=False),
+    Column("engine", String(16), nullable=False),
+    Column("device", String(32), nullable=False, server_default=""),
+    Column("host", Text, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("state", String(12), nullable=False, server_default="idle"),  # idle, rendering, waiting
+    Column("note", Text, nullable=False, server_default=""),  # why it waits, for a person
+    Column("info", JSON, nullable=False),  # versions, micro-batch: what the lane promises
+    Column("rendered", Integer, nullable=False, server_default="0"),
+    Column("seconds_per_picture", Float),
+    Column("opened_at", Double, nullable=False),
+    Column("heartbeat_at", Double, nullable=False),
+    Column("expires_at", Double, nullable=False),
+    Column("closed_at", Double),
+    Column("lost", Boolean, nullable=False, server_default=text("false")),
+    Index("ix_sessions_open", "expires_at", sqlite_where=text("closed_at IS NULL"),
+          postgresql_where=text("closed_at IS NULL")),
+)
+
+__all__ = ["batches", "counts", "events", "func", "jobs", "metadata", "now", "sessions"]

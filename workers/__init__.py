@@ -1,0 +1,1 @@
+"""What needs an engine: the Celery worker and the engines that render."""
