@@ -1,0 +1,171 @@
+"""Blobs in a local directory: one file an object, written aside and moved into place."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from farm.blobs import BlobStat, check_expiry, check_key, check_prefix, probe
+from farm.errors import BlobNotFound, StorageUnavailable
+
+_TEMPORARY = ".tmp-"  # no key starts with a dot
+_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class LocalBlobs:
+    """The BlobStore of one machine. The directory is made by the first `put`.
+
+    An object is on the disk (fsync of the file and its directory) when `put` returns. Symbolic
+    links that lead out of the directory are refused; `list` follows none.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._real_root = root.resolve()
+
+    def put(self, key: str, data: bytes, content_type: str) -> None:
+        path = self._path(key)
+        temporary = path.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        try:
+            with self._faults(f"write {key}"):
+                _make_directory(path.parent)
+                _write_file(temporary, data)
+                os.replace(temporary, path)
+                _sync_directory(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+    def get(self, key: str) -> bytes:
+        path = self._path(key)
+        with self._faults(f"read {key}"):
+            try:
+                return path.read_bytes()
+            except _ABSENT:
+                raise BlobNotFound(f"there is no object {key} in {self.root}") from None
+
+    def stat(self, key: str) -> BlobStat | None:
+        path = self._path(key)
+        with self._faults(f"look up {key}"):
+            try:
+                found = path.stat()
+            except _ABSENT:
+                return None
+        return BlobStat(key, found.st_size) if stat.S_ISREG(found.st_mode) else None
+
+    def delete(self, keys: Iterable[str]) -> None:
+        for key, path in [(key, self._path(key)) for key in keys]:
+            with self._faults(f"delete {key}"), suppress(*_ABSENT):
+                path.unlink()
+
+    def list(self, prefix: str = "") -> Iterator[BlobStat]:
+        check_prefix(prefix)
+        return self._walk(prefix.rpartition("/")[0], prefix)
+
+    def url(self, key: str, expires_s: int = 3600) -> str:
+        check_expiry(expires_s)
+        return self._path(key).as_uri()
+
+    def check(self) -> None:
+        probe(self, f"the directory {self.root}")
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _path(self, key: str) -> Path:
+        path = self.root / check_key(key)
+        with self._faults(f"look up {key}"):
+            try:
+                real = path.resolve()
+            except RuntimeError as exc:  # a loop of links
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from exc
+        if not real.is_relative_to(self._real_root):
+            raise StorageUnavailable(
+                f"{key} is a symbolic link out of {self.root}: remove the link, or point the "
+                f"blob URL at the directory that it leads to"
+            )
+        return real
+
+    def _walk(self, directory: str, prefix: str) -> Iterator[BlobStat]:
+        with self._faults(f"list {directory or 'it'}"):
+            entries = _entries(self.root / directory)
+        for name, entry in entries:
+            key = f"{directory}/{name}" if directory else name
+            if name.endswith("/"):
+                if key.startswith(prefix) or prefix.startswith(key):
+                    yield from self._walk(key[:-1], prefix)
+            elif key.startswith(prefix):
+                with suppress(FileNotFoundError):  # deleted since
+                    yield BlobStat(key, entry.stat(follow_symlinks=False).st_size)
+
+    @contextmanager
+    def _faults(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as exc:
+            place = f"the blob directory {self.root}"
+            if exc.errno in _FULL:
+                text = f"cannot {action}: the disk of {place} is full; free some space there"
+            elif exc.errno in _DENIED:
+                text = (
+                    f"cannot {action}: {place} is read-only or belongs to another user; "
+                    f"make it writable, or set another blob URL"
+                )
+            elif isinstance(exc, (FileExistsError, *_ABSENT)):
+                text = f"cannot {action}: a file and a directory in {place} want the same name"
+            else:
+                text = f"cannot {action} in {place}: {exc.strerror or type(exc).__name__}"
+            raise StorageUnavailable(text) from exc
+
+
+def _entries(directory: Path) -> list[tuple[str, os.DirEntry[str]]]:
+    """Files and directories (with a trailing slash) that can belong to a key, in key order."""
+    found = []
+    try:
+        with os.scandir(directory) as scan:
+            for entry in scan:
+                try:
+                    check_key(entry.name)
+                except ValueError:
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    found.append((entry.name + "/", entry))
+                elif entry.is_file(follow_symlinks=False):
+                    found.append((entry.name, entry))
+    except _ABSENT:
+        return []
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_directory(directory: Path) -> None:
+    if not directory.is_dir():
+        _make_directory(directory.parent)
+        directory.mkdir(exist_ok=True)
+        _sync_directory(directory.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
