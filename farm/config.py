@@ -39,21 +39,28 @@ class Settings(BaseSettings):
 
     home: Path = Field(default_factory=default_home, description="directory of the embedded farm")
     database_url: SecretStr | None = Field(
-        None, description="SQLAlchemy URL; default: SQLite in home. postgresql+psycopg://user@host/db"
+        None,
+        description="SQLAlchemy URL; default: SQLite in home. postgresql+psycopg://user@host/db",
     )
     broker_url: SecretStr | None = Field(
-        None, description="Redis or Valkey URL; default: the embedded server's socket. redis://host:6379/0"
+        None,
+        description="Redis or Valkey URL; default: the embedded server's socket. redis://host:6379/0",
     )
     blobs_url: str | None = Field(
-        None, description="where pictures go; default: home/blobs. file:///dir or s3://bucket/prefix"
+        None,
+        description="where pictures go; default: home/blobs. file:///dir or s3://bucket/prefix",
     )
-    models_file: Path | None = Field(None, description="the catalogue; default: models.toml here or in home")
+    models_file: Path | None = Field(
+        None, description="the catalogue; default: models.toml here or in home"
+    )
 
     s3_endpoint_url: str | None = Field(None, description="S3 server; default: Amazon's")
     s3_region: str | None = Field(None, description="S3 region")
     s3_access_key: SecretStr | None = Field(None, description="default: boto3's own chain")
     s3_secret_key: SecretStr | None = Field(None, description="default: boto3's own chain")
-    s3_path_style: bool = Field(True, description="bucket in the path (most S3 servers) or in the host")
+    s3_path_style: bool = Field(
+        True, description="bucket in the path (most S3 servers) or in the host"
+    )
     s3_checksums: Literal["when_required", "when_supported"] = Field(
         "when_required", description="extra checksums; many S3 servers know none"
     )
@@ -98,7 +105,7 @@ class Settings(BaseSettings):
 
     @property
     def broker_socket(self) -> Path:
-        """The embedded server's unix socket; in the temporary directory if home's path is too long."""
+        """The embedded server's unix socket; elsewhere if home's path is too long."""
         path = self.home.resolve() / "broker.sock"
         if len(os.fsencode(path)) < SOCKET_PATH_LIMIT:
             return path

@@ -1,26 +1,27 @@
 """Every failure of the farm, sorted by what happens next.
 
-    FarmError                       code, a sentence that a person can act on
-    |-- Invalid                     refused, or the job is `failed` at once; never retried
-    |   |-- InvalidPrompt           ERR_INVALID_PROMPT
-    |   |-- InvalidParameter        ERR_INVALID_PARAMETER
-    |   |-- UnknownModel            ERR_UNKNOWN_MODEL
-    |   |-- InvalidPromptFile       ERR_INVALID_PROMPT_FILE   (carries one RowError a bad line)
-    |   |-- InvalidConfig           ERR_INVALID_CONFIG
-    |   `-- NotFound                ERR_NOT_FOUND
-    |-- RenderFailed                ERR_RENDER_FAILED    a failure is counted, the job is retried
-    |   `-- BadImage                ERR_BAD_IMAGE        uniform or NaN picture
-    |-- OutOfMemory                 ERR_OUT_OF_MEMORY    smaller micro-batch; `failed` only when alone
-    |-- EnvironmentFault            the job goes back and no failure is counted; the lane backs off
-    |   |-- DatabaseUnavailable     ERR_DATABASE_UNAVAILABLE
-    |   |-- BrokerUnavailable       ERR_BROKER_UNAVAILABLE
-    |   |-- StorageUnavailable      ERR_STORAGE_UNAVAILABLE
-    |   |-- BlobNotFound            ERR_BLOB_NOT_FOUND
-    |   `-- ModelNotLoaded          ERR_MODEL_NOT_LOADED
-    |-- EngineFault                 the child is replaced, the jobs it had started are suspects
-    |   |-- EngineCrashed           ERR_ENGINE_CRASHED
-    |   `-- EngineHung              ERR_ENGINE_HUNG
-    `-- JobCancelled                ERR_CANCELLED        a person asked for it
+FarmError                       code, a sentence that a person can act on
+|-- Invalid                     refused, or the job is `failed` at once; never retried
+|   |-- InvalidPrompt           ERR_INVALID_PROMPT
+|   |-- InvalidParameter        ERR_INVALID_PARAMETER
+|   |-- UnknownModel            ERR_UNKNOWN_MODEL
+|   |-- InvalidPromptFile       ERR_INVALID_PROMPT_FILE   (carries one RowError a bad line)
+|   |-- InvalidConfig           ERR_INVALID_CONFIG
+|   `-- NotFound                ERR_NOT_FOUND
+|-- RenderFailed                ERR_RENDER_FAILED    a failure is counted, the job is retried
+|   `-- BadImage                ERR_BAD_IMAGE        uniform or NaN picture
+|-- OutOfMemory                 ERR_OUT_OF_MEMORY    smaller micro-batch; `failed` only when alone
+|-- EnvironmentFault            the job goes back and no failure is counted; the lane backs off
+|   |-- DatabaseUnavailable     ERR_DATABASE_UNAVAILABLE
+|   |-- BrokerUnavailable       ERR_BROKER_UNAVAILABLE
+|   |-- StorageUnavailable      ERR_STORAGE_UNAVAILABLE
+|   |-- BlobNotFound            ERR_BLOB_NOT_FOUND
+|   `-- ModelNotLoaded          ERR_MODEL_NOT_LOADED
+|-- EngineFault                 the child is replaced, the jobs it had started are suspects
+|   |-- EngineCrashed           ERR_ENGINE_CRASHED
+|   |-- EngineHung              ERR_ENGINE_HUNG
+|   `-- WorkerLost              ERR_WORKER_LOST      its session expired
+`-- JobCancelled                ERR_CANCELLED        a person asked for it
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class UnknownModel(Invalid):
 
 @dataclass(frozen=True)
 class RowError:
-    """One bad field of one line: `line` counts from 1, `expected` says what would have been right."""
+    """One bad field of one line, counted from 1, and what would have been right."""
 
     line: int
     field: str
@@ -173,6 +174,12 @@ class EngineHung(EngineFault):
     """The engine's process gave no sign of life within its time limit."""
 
     code = "ERR_ENGINE_HUNG"
+
+
+class WorkerLost(EngineFault):
+    """The worker that held the job fell silent; its session expired."""
+
+    code = "ERR_WORKER_LOST"
 
 
 class JobCancelled(FarmError):

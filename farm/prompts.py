@@ -110,7 +110,7 @@ def _read_csv(lines: Iterator[Line]) -> Iterator[Row]:
             yield "\n" if isinstance(text, RowError) else text + "\n"
 
     reader = csv.reader(texts(), strict=True)
-    header: list[str] | None = None
+    header: list[str] = []
     while True:
         line = reader.line_num + 1
         try:
@@ -122,19 +122,20 @@ def _read_csv(lines: Iterator[Line]) -> Iterator[Row]:
         bad.clear()
         if cells is None:
             return
-        if not cells:
-            continue
-        if header is None:
+        if cells and header:
+            yield line, _csv_row(line, header, cells)
+        elif cells:
             header = [name.strip() for name in cells]
-            problem = _header_problem(header)
-            if problem:
+            if problem := _header_problem(header):
                 yield line, _row_error(line, "header", ", ".join(header)[:60], problem)
                 return
-        elif len(cells) != len(header):
-            yield line, _row_error(line, "line", f"{len(cells)} cells", f"{len(header)} cells")
-        else:
-            named = zip(header, cells, strict=True)
-            yield line, {name: _cell(name, text) for name, text in named if text != ""}
+
+
+def _csv_row(line: int, header: list[str], cells: list[str]) -> dict[str, Any] | RowError:
+    if len(cells) != len(header):
+        return _row_error(line, "line", f"{len(cells)} cells", f"{len(header)} cells")
+    named = zip(header, cells, strict=True)
+    return {name: _cell(name, text) for name, text in named if text != ""}
 
 
 def _header_problem(header: list[str]) -> str | None:
@@ -223,6 +224,7 @@ def prompt_rows(prompts: Iterable[str | Mapping[str, Any]]) -> Iterator[Row]:
             yield number, item
         else:
             expected = "a text or a mapping of fields"
-            yield number, RowError(
-                number, "prompt", type(item).__name__, expected, InvalidPrompt.code
+            yield (
+                number,
+                RowError(number, "prompt", type(item).__name__, expected, InvalidPrompt.code),
             )

@@ -1,7 +1,7 @@
 """JobSpec: what one picture is. Validated, frozen, unknown keys refused.
 
-Three texts are derived from it, each by SHA-256 over canonical JSON (sorted keys, no spaces, UTF-8):
-the whole job, its compatibility key (what must be equal for jobs to share one micro-batch), and
+Three texts are derived from it, each over canonical JSON (sorted keys, no spaces, UTF-8): the
+whole job, its compatibility key (what must be equal for jobs to share one micro-batch), and
 its fingerprint (the job, the engine and the hash of the weights: the same picture).
 """
 

@@ -72,11 +72,13 @@ class Database:
     @contextmanager
     def _transaction(self, *, write: bool) -> Iterator[Connection]:
         try:
-            with self.engine.connect().execution_options(farm_write=write) as connection:
-                with connection.begin():
-                    yield connection
+            engine = self.engine.execution_options(farm_write=write)
+            with engine.begin() as connection:
+                yield connection
         except (OperationalError, InterfaceError, PoolTimeout) as error:
-            raise DatabaseUnavailable(f"{self.shown} does not answer: {_first_line(error)}") from error
+            raise DatabaseUnavailable(
+                f"{self.shown} does not answer: {_first_line(error)}"
+            ) from error
 
     def close(self) -> None:
         self.engine.dispose()

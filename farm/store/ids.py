@@ -26,7 +26,9 @@ class JobRef(NamedTuple):
         """Raises NotFound when the text is no job's name."""
         match = re.fullmatch(r"([0-9a-z]{1,16})/(\d{1,9})", text)
         if not match:
-            raise NotFound(f"{text[:60]!r} names no job; a job is BATCH/INDEX, as in 0f9k2m4x7q3w5t8b/17")
+            raise NotFound(
+                f"{text[:60]!r} names no job; a job is BATCH/INDEX, as in 0f9k2m4x7q3w5t8b/17"
+            )
         return cls(match[1], int(match[2]))
 
 

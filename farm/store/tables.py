@@ -91,8 +91,12 @@ counts = Table(
     Column("model", String(63), primary_key=True),
     *(Column(state, Integer, nullable=False, server_default="0") for state in STATES),
     *(CheckConstraint(f"{state} >= 0", name=f"{state}_not_negative") for state in STATES),
-    Index("ix_batch_counts_backlog", "model", sqlite_where=text("queued > 0"),
-          postgresql_where=text("queued > 0")),
+    Index(
+        "ix_batch_counts_backlog",
+        "model",
+        sqlite_where=text("queued > 0"),
+        postgresql_where=text("queued > 0"),
+    ),
 )
 
 jobs = Table(
@@ -134,15 +138,28 @@ jobs = Table(
         name="succeeded_has_object",
     ),
     CheckConstraint("state <> 'failed' OR error_code IS NOT NULL", name="failed_has_code"),
-    CheckConstraint(
-        "(state = 'running') = (session_id IS NOT NULL)", name="running_has_session"
+    CheckConstraint("(state = 'running') = (session_id IS NOT NULL)", name="running_has_session"),
+    Index(
+        "ix_jobs_queued",
+        "batch_id",
+        "model",
+        "idx",
+        sqlite_where=text("state = 'queued'"),
+        postgresql_where=text("state = 'queued'"),
     ),
-    Index("ix_jobs_queued", "batch_id", "model", "idx", sqlite_where=text("state = 'queued'"),
-          postgresql_where=text("state = 'queued'")),
-    Index("ix_jobs_held", "session_id", sqlite_where=text("state = 'running'"),
-          postgresql_where=text("state = 'running'")),
-    Index("ix_jobs_failed", "batch_id", "error_code", sqlite_where=text("state = 'failed'"),
-          postgresql_where=text("state = 'failed'")),
+    Index(
+        "ix_jobs_held",
+        "session_id",
+        sqlite_where=text("state = 'running'"),
+        postgresql_where=text("state = 'running'"),
+    ),
+    Index(
+        "ix_jobs_failed",
+        "batch_id",
+        "error_code",
+        sqlite_where=text("state = 'failed'"),
+        postgresql_where=text("state = 'failed'"),
+    ),
 )
 
 # Every change of a job's state that is not the plain way, with its reason.
@@ -150,7 +167,7 @@ events = Table(
     "job_events",
     metadata,
     Column("id", BigInteger().with_variant(Integer, "sqlite"), Identity(), primary_key=True),
-    Column("batch_id", String(16), nullable=False),
+    Column("batch_id", ForeignKey("batches.id", ondelete="CASCADE"), nullable=False),
     Column("idx", Integer, nullable=False),
     Column("at", Double, nullable=False),
     Column("kind", String(20), nullable=False),  # requeued, failed, cancelled, redriven
@@ -181,8 +198,12 @@ sessions = Table(
     Column("expires_at", Double, nullable=False),
     Column("closed_at", Double),
     Column("lost", Boolean, nullable=False, server_default=text("false")),
-    Index("ix_sessions_open", "expires_at", sqlite_where=text("closed_at IS NULL"),
-          postgresql_where=text("closed_at IS NULL")),
+    Index(
+        "ix_sessions_open",
+        "expires_at",
+        sqlite_where=text("closed_at IS NULL"),
+        postgresql_where=text("closed_at IS NULL"),
+    ),
 )
 
 __all__ = ["batches", "counts", "events", "func", "jobs", "metadata", "now", "sessions"]

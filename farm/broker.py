@@ -1,0 +1,109 @@
+"""The Celery app and the tokens in Redis: the only Celery import in farm/.
+
+Redis holds doorbells and no truth: a token names a lane and no job. Tokens are acknowledged early
+(the claim in SQL is the acknowledgement) and no result backend exists.
+"""
+
+from __future__ import annotations
+
+import ssl
+from typing import Any
+
+import kombu.exceptions
+import redis.exceptions
+from celery import Celery
+from kombu.transport.redis import Channel
+
+from farm.catalog import Lane
+from farm.config import redact
+from farm.errors import BrokerUnavailable
+
+TASK = "farm.render"
+_AWAY = (kombu.exceptions.OperationalError, redis.exceptions.RedisError, OSError)
+_TRANSPORT = {
+    "socket_timeout": 10,
+    "socket_connect_timeout": 3,
+    "socket_keepalive": True,
+    "health_check_interval": 25,
+    "global_keyprefix": "farm:",
+}
+
+
+def make_app(url: str) -> Celery:
+    """The Celery app of producers and workers; JSON only, early acknowledgement, no results."""
+    app = Celery("farm", broker=url, set_as_current=False)
+    app.conf.update(
+        accept_content=["json"],
+        task_serializer="json",
+        task_acks_late=False,
+        task_ignore_result=True,
+        task_store_errors_even_if_ignored=False,
+        worker_prefetch_multiplier=1,
+        worker_disable_prefetch=True,
+        worker_send_task_events=False,
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options=_TRANSPORT,
+        enable_utc=True,
+    )
+    if url.startswith("rediss:"):
+        app.conf.broker_use_ssl = {"ssl_cert_reqs": ssl.CERT_REQUIRED}
+    return app
+
+
+class Broker:
+    """Rings lanes and looks at their queues. Every method raises BrokerUnavailable when away."""
+
+    def __init__(self, url: str) -> None:
+        self.shown = redact(url)
+        self.app = make_app(url)
+
+    def publish(self, lane: Lane, tokens: int) -> None:
+        """Put tokens on a lane's queue."""
+        try:
+            with self.app.producer_pool.acquire(block=True, timeout=10) as producer:
+                for _ in range(tokens):
+                    self.app.send_task(
+                        TASK,
+                        kwargs=lane._asdict(),
+                        queue=lane.queue,
+                        ignore_result=True,
+                        retry=False,
+                        producer=producer,
+                    )
+        except _AWAY as error:
+            raise self._away(error) from error
+
+    def length(self, lane: Lane) -> int:
+        """How many tokens wait on a lane's queue."""
+        try:
+            with self.app.connection_for_read() as connection:
+                return int(_redis(connection).llen(lane.queue))
+        except _AWAY as error:
+            raise self._away(error) from error
+
+    def ping(self) -> str:
+        """The server's name and version; raises BrokerUnavailable."""
+        try:
+            with self.app.connection_for_read() as connection:
+                info: dict[str, Any] = _redis(connection).info("server")
+        except _AWAY as error:
+            raise self._away(error) from error
+        name = info.get("server_name", "redis")
+        return f"{name} {info.get(f'{name}_version', info.get('redis_version'))}"
+
+    def _away(self, error: Exception) -> BrokerUnavailable:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        return BrokerUnavailable(f"{self.shown} does not answer: {why}")
+
+    def close(self) -> None:
+        self.app.close()
+
+
+def _redis(connection: Any) -> Any:
+    connection.ensure_connection(max_retries=1, timeout=3)
+    channel: Channel = connection.default_channel
+    return channel.client

@@ -1,0 +1,58 @@
+"""Who works on what: rings the lanes, and chooses the jobs of a claim.
+
+Policy stands here and only here, over small tables: first the batch (priority, then the fewest
+running jobs, then age), then the batch's next rows of one compatibility key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from farm.broker import Broker
+from farm.catalog import Lane
+from farm.store import batches, jobs, sessions
+from farm.store.db import Database
+from farm.store.jobs import Claim
+
+
+def claim_bundle(db: Database, session_id: str, lane: Lane, limit: int) -> list[Claim]:
+    """The lane's next bundle, at most `limit` jobs of one key, in one short transaction."""
+    with db.write() as connection:
+        for batch in batches.candidates(connection, lane.model):
+            bundle = jobs.claim(connection, batch.id, batch.params, session_id, lane, limit)
+            if bundle:
+                return bundle
+    return []
+
+
+def bundle_size(seconds_per_picture: float | None, seconds: float, most: int) -> int:
+    """Jobs that this worker renders in about `seconds`, by its own measured speed; 1 at first."""
+    if not seconds_per_picture:
+        return 1
+    return max(1, min(most, int(seconds / seconds_per_picture)))
+
+
+def ring(db: Database, broker: Broker, models: Iterable[str] | None, per_worker: int) -> int:
+    """Top the queues of these models' lanes (None: all) up to `per_worker` tokens a live worker.
+
+    A lane without work or without workers gets none. Returns the tokens sent. Raises
+    BrokerUnavailable or DatabaseUnavailable; ringing again later mends everything.
+    """
+    with db.read() as connection:
+        waiting = batches.backlog(connection)
+        workers = sessions.live_lanes(connection)
+    sent = 0
+    for lane, n in workers.items():
+        if not waiting.get(lane.model) or (models is not None and lane.model not in models):
+            continue
+        wanted = min(n * per_worker, waiting[lane.model])
+        missing = wanted - broker.length(lane)
+        if missing > 0:
+            broker.publish(lane, missing)
+            sent += missing
+    return sent
+
+
+def ring_lane(db: Database, broker: Broker, lane: Lane, per_worker: int) -> int:
+    """`ring` for one lane's model."""
+    return ring(db, broker, [lane.model], per_worker)

@@ -1,0 +1,85 @@
+"""What a stored picture is: its key, its bytes, and the parameters and the AI mark inside it.
+
+The parameters stand as A1111 `parameters` text (PNG: iTXt, JPEG and WebP: EXIF UserComment), the
+mark as XMP `Iptc4xmpExt:DigitalSourceType` = trainedAlgorithmicMedia
+(http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from farm.spec import JobSpec
+from farm.store.ids import JobRef
+
+CONTENT_TYPES = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
+EXTENSIONS = {"png": "png", "webp": "webp", "jpeg": "jpg"}
+_EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
+_XMP = (
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description rdf:about=""'
+    ' xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"'
+    " Iptc4xmpExt:DigitalSourceType="
+    '"http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/>'
+    '</rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
+)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What rendered a picture."""
+
+    engine: str
+    weights_sha256: str
+
+
+def object_key(ref: JobRef, claim_no: int, form: str) -> str:
+    """The blob key of a job's picture; no other claim ever writes it."""
+    return f"pictures/{ref.batch_id}/{ref.idx:07d}-{claim_no}.{EXTENSIONS[form]}"
+
+
+def parameters(spec: JobSpec, origin: Origin) -> str:
+    """The job as A1111 `parameters` text."""
+    settings = {
+        "Steps": spec.steps,
+        "Sampler": spec.scheduler or "model default",
+        "CFG scale": f"{spec.guidance_scale:g}",
+        "Seed": spec.seed,
+        "Size": f"{spec.width}x{spec.height}",
+        "Model hash": origin.weights_sha256[:10],
+        "Model": spec.model,
+        "Engine": origin.engine,
+        "Version": "renderfarm",
+    }
+    negative = f"\nNegative prompt: {spec.negative_prompt}" if spec.negative_prompt else ""
+    return f"{spec.prompt}{negative}\n" + ", ".join(f"{k}: {v}" for k, v in settings.items())
+
+
+def encode(pixels: bytes, spec: JobSpec, origin: Origin) -> bytes:
+    """A file in `spec.format` from `pixels`: 8-bit RGB, height x width x 3, row by row."""
+    image = Image.frombytes("RGB", (spec.width, spec.height), pixels)
+    text, out = parameters(spec, origin), io.BytesIO()
+    if spec.format == "png":
+        info = PngInfo()
+        info.add_itxt("parameters", text)
+        info.add_itxt("XML:com.adobe.xmp", _XMP)
+        image.save(out, "PNG", pnginfo=info, compress_level=1)
+        return out.getvalue()
+    exif = Image.Exif()
+    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
+    if spec.format == "webp":
+        image.save(out, "WEBP", quality=92, method=2, exif=exif, xmp=_XMP.encode())
+    else:
+        image.save(out, "JPEG", quality=95, subsampling=0, exif=exif, xmp=_XMP.encode())
+    return out.getvalue()
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

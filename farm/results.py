@@ -1,0 +1,116 @@
+"""Fetching a batch's pictures: into a directory, or as one contact sheet."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from farm.blobs import BlobStore
+from farm.errors import StorageUnavailable
+from farm.pictures import EXTENSIONS, sha256
+from farm.store.reads import Job
+
+MANIFEST = "jobs.jsonl"
+_THREADS = 8
+
+
+def fetch(blobs: BlobStore, job: Job) -> bytes:
+    """The picture's bytes, checked against the recorded SHA-256.
+
+    Raises BlobNotFound when the object is gone, StorageUnavailable when it was changed.
+    """
+    assert job.object_key, f"{job.id} has no picture"
+    data = blobs.get(job.object_key)
+    if sha256(data) != job.sha256:
+        raise StorageUnavailable(
+            f"{job.object_key} is not the picture that was recorded for {job.id}"
+        )
+    return data
+
+
+def file_name(job: Job) -> str:
+    return f"{job.idx:07d}.{EXTENSIONS[job.spec['format']]}"
+
+
+def download(
+    blobs: BlobStore,
+    jobs: Iterable[Job],
+    directory: Path,
+    done: Callable[[Path], None] = lambda path: None,
+) -> int:
+    """Write each job's picture to `directory` and its parameters to jobs.jsonl; how many.
+
+    Pictures that lie there already, whole, are not fetched again. Files appear whole or not at all.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    manifest = directory / f".{MANIFEST}.{os.getpid()}"
+    count = 0
+    with ThreadPoolExecutor(_THREADS) as pool, manifest.open("w", encoding="utf-8") as lines:
+        stream = iter(jobs)
+        while group := list(islice(stream, 256)):
+            paths = pool.map(lambda job: _save(blobs, job, directory), group)
+            for job, path in zip(group, paths, strict=True):
+                row = {"id": job.id, "file": path.name, "sha256": job.sha256, **job.spec}
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+                done(path)
+    manifest.replace(directory / MANIFEST)
+    return count
+
+
+def _save(blobs: BlobStore, job: Job, directory: Path) -> Path:
+    path = directory / file_name(job)
+    if path.is_file() and sha256(path.read_bytes()) == job.sha256:
+        return path
+    part = directory / f".{path.name}.{os.getpid()}-{threading.get_ident()}"
+    try:
+        part.write_bytes(fetch(blobs, job))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def contact_sheet(
+    blobs: BlobStore, jobs: Iterator[Job], path: Path, *, columns: int = 8, tile: int = 128
+) -> int:
+    """One picture of many, `tile` pixels each with its index below; how many it shows.
+
+    The sheet's format follows the ending of `path`.
+    """
+    shown = list(jobs)
+    if not shown:
+        return 0
+    columns = min(columns, len(shown))
+    label, gap = 14, 4
+    rows = -(-len(shown) // columns)
+    size = (columns * (tile + gap) + gap, rows * (tile + label + gap) + gap)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for place, data in enumerate(pool.map(lambda job: fetch(blobs, job), shown)):
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+            small = image.width < tile and image.height < tile
+            image = image.resize(
+                _fit(image.size, tile), Image.Resampling.NEAREST if small else None
+            )
+            x = gap + place % columns * (tile + gap)
+            y = gap + place // columns * (tile + label + gap)
+            sheet.paste(image, (x + (tile - image.width) // 2, y + (tile - image.height) // 2))
+            draw.text((x, y + tile + 1), str(shown[place].idx), fill="black")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return len(shown)
+
+
+def _fit(size: tuple[int, int], tile: int) -> tuple[int, int]:
+    scale = tile / max(size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))

@@ -1,0 +1,337 @@
+"""Farm: the Python API. It joins the rooms below it and holds no state of its own.
+
+from farm import Farm
+
+with Farm.open() as farm:
+    batch = farm.submit(["a red circle on a blue background"], n=4)
+    farm.wait(batch.id)
+    farm.download(batch.id, "pictures")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from farm import dispatch, prompts, results
+from farm.blobs import BlobStore, S3Options, open_blobs
+from farm.broker import Broker
+from farm.catalog import Catalog, load_catalog
+from farm.config import Settings, load_settings
+from farm.errors import (
+    BrokerUnavailable,
+    InvalidConfig,
+    InvalidParameter,
+    InvalidPromptFile,
+    RowError,
+)
+from farm.prompts import Defaults, Row
+from farm.spec import FIELDS, JobSpec
+from farm.states import JobState
+from farm.store import batches, jobs, reads, schema, sessions
+from farm.store.batches import BatchStatus
+from farm.store.db import Database
+from farm.store.ids import JobRef
+from farm.store.reads import Job
+from farm.store.sessions import Worker
+
+log = logging.getLogger(__name__)
+CHUNK = 5_000  # jobs in one transaction of a submit
+MOST_ERRORS = 1_000  # bad lines kept for the report; the rest are counted
+_SHARED = tuple(name for name in FIELDS if name not in ("prompt", "negative_prompt", "seed"))
+
+
+class Farm:
+    """A farm's client: submit, look, fetch, cancel. Every method raises FarmError kinds only."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.db = Database(settings.database)
+
+    @classmethod
+    def open(cls, **flags: Any) -> Farm:
+        """A farm by the settings in force, `flags` over them; SQLite gets its schema at once."""
+        farm = cls(load_settings(**flags))
+        farm.check_schema()
+        return farm
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        return load_catalog(self.settings.catalog_path)
+
+    @cached_property
+    def broker(self) -> Broker:
+        return Broker(self.settings.broker)
+
+    @cached_property
+    def blobs(self) -> BlobStore:
+        return open_blobs(self.settings.blobs, s3=s3_options(self.settings))
+
+    def check_schema(self) -> None:
+        """Raises InvalidConfig when the database's schema is not this version's."""
+        found = schema.current(self.db)
+        if found == schema.head():
+            return
+        if self.db.dialect == "sqlite":
+            schema.upgrade(self.db)
+        else:
+            state = f"at revision {found}" if found else "empty"
+            raise InvalidConfig(f"{self.db.shown} is {state}; run: farm db upgrade")
+
+    # ---- submit
+
+    def submit(
+        self,
+        items: str | Iterable[str | Mapping[str, Any]],
+        *,
+        n: int = 1,
+        name: str = "",
+        owner: str = "",
+        priority: int = 0,
+        **params: Any,
+    ) -> BatchStatus:
+        """Queue prompts (texts, or mappings of JobSpec fields), `n` pictures of each.
+
+        `params` are JobSpec fields that every row inherits. Raises InvalidPromptFile with one
+        RowError a bad field; then nothing was queued.
+        """
+        rows = prompts.prompt_rows([items] if isinstance(items, str) else items)
+        return self._submit(rows, n, params, name=name, owner=owner, priority=priority)
+
+    def submit_file(
+        self,
+        source: Path | str | BinaryIO,
+        *,
+        form: str | None = None,
+        n: int = 1,
+        name: str = "",
+        owner: str = "",
+        priority: int = 0,
+        **params: Any,
+    ) -> BatchStatus:
+        """Queue a prompt file (jsonl, csv or txt by its ending or `form`); see `submit`."""
+        with contextlib.ExitStack() as stack:
+            if isinstance(source, Path | str):
+                path = Path(source)
+                form, name = form or prompts.guess_format(path), name or path.name
+                try:
+                    stream: BinaryIO = stack.enter_context(path.open("rb"))
+                except OSError as error:
+                    raise InvalidPromptFile(f"{path}: {error.strerror}") from None
+            else:
+                stream = source
+            rows = prompts.read_rows(stream, form or "jsonl")
+            return self._submit(rows, n, params, name=name, owner=owner, priority=priority)
+
+    def _submit(
+        self, rows: Iterable[Row], n: int, params: dict[str, Any], **about: Any
+    ) -> BatchStatus:
+        unknown = set(params) - set(FIELDS)
+        if unknown:
+            raise InvalidParameter(f"unknown field {min(unknown)!r}; known: {', '.join(FIELDS)}")
+        given = {"model": self.default_model()} | {k: v for k, v in params.items() if v is not None}
+        stream = _checked(prompts.make_specs(rows, Defaults(given, n), self.catalog))
+        first = list(islice(stream, CHUNK))
+        if not first:
+            raise InvalidPromptFile("there is no prompt in it; nothing was queued")
+        shared = {name: getattr(first[0], name) for name in _SHARED}
+        with batches.submission(self.db, shared, **about) as batch_id:
+            total, chunk = 0, first
+            while chunk:
+                with self.db.write() as connection:
+                    jobs.insert(connection, batch_id, total, chunk, shared)
+                total += len(chunk)
+                chunk = list(islice(stream, CHUNK))
+            with self.db.write() as connection:
+                batches.release(connection, batch_id, total)
+        self._ring()
+        return self.status(batch_id)
+
+    def default_model(self) -> str:
+        """The model of jobs that name none: the one that workers serve, else the demo model."""
+        with self.db.read() as connection:
+            served = {lane.model for lane in sessions.live_lanes(connection)}
+        return served.pop() if len(served) == 1 else "shapes"
+
+    def _ring(self) -> None:
+        """Best effort: the jobs are safe in SQL, and the dispatcher rings on its next tick."""
+        try:
+            dispatch.ring(self.db, self.broker, None, self.settings.tokens_per_worker)
+        except BrokerUnavailable as error:
+            log.warning("%s; the jobs are queued and start when it is back", error.message)
+
+    # ---- look
+
+    def find(self, text: str) -> str:
+        """The batch id that `text` means: an id, a unique part of one, or `latest`."""
+        with self.db.read() as connection:
+            return batches.find(connection, text)
+
+    def status(self, batch_id: str) -> BatchStatus:
+        with self.db.read() as connection:
+            return batches.status(connection, batch_id)
+
+    def batches(self, limit: int = 20) -> list[BatchStatus]:
+        """The newest batches first."""
+        with self.db.read() as connection:
+            return batches.recent(connection, limit)
+
+    def job(self, ref: JobRef | str) -> Job:
+        with self.db.read() as connection:
+            return reads.job(connection, JobRef.parse(ref) if isinstance(ref, str) else ref)
+
+    def history(self, ref: JobRef) -> list[dict[str, Any]]:
+        """What befell a job that was not the plain way, oldest first."""
+        with self.db.read() as connection:
+            return reads.history(connection, ref)
+
+    def jobs(self, batch_id: str, states: Sequence[str] = ()) -> Iterator[Job]:
+        """All jobs of a batch in order, page by page."""
+        after = -1
+        while True:
+            with self.db.read() as connection:
+                page = reads.page(connection, batch_id, states=states, after=after)
+            if not page:
+                return
+            yield from page
+            after = page[-1].idx
+
+    def watch(self, batch_id: str, poll_s: float = 0.5) -> Iterator[BatchStatus]:
+        """The batch's status again and again, the last time when it is done."""
+        while True:
+            status = self.status(batch_id)
+            yield status
+            if status.done:
+                return
+            time.sleep(poll_s)
+
+    def wait(self, batch_id: str, timeout_s: float | None = None) -> BatchStatus:
+        """The status once the batch is done; raises TimeoutError after `timeout_s` seconds."""
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        for status in self.watch(batch_id, poll_s=0.2):
+            if status.done:
+                return status
+            if until is not None and time.monotonic() > until:
+                raise TimeoutError(f"batch {batch_id} has {status.open} jobs to go")
+        raise AssertionError("watch ends with a finished batch")
+
+    def workers(self) -> list[Worker]:
+        with self.db.read() as connection:
+            return sessions.live(connection)
+
+    # ---- fetch
+
+    def pictures(self, batch_id: str) -> Iterator[Job]:
+        """The batch's succeeded jobs in order."""
+        return self.jobs(batch_id, [JobState.SUCCEEDED])
+
+    def fetch(self, job: Job) -> bytes:
+        """A picture's file, checked against its recorded SHA-256."""
+        return results.fetch(self.blobs, job)
+
+    def download(
+        self,
+        batch_id: str,
+        directory: Path | str,
+        done: Callable[[Path], None] = lambda path: None,
+    ) -> int:
+        """Write the batch's pictures and jobs.jsonl into a directory; how many. Resumable."""
+        return results.download(self.blobs, self.pictures(batch_id), Path(directory), done)
+
+    def contact_sheet(self, batch_id: str, path: Path | str, *, most: int = 200) -> int:
+        """One picture that shows the batch's first `most`; how many it shows."""
+        shown = islice(self.pictures(batch_id), most)
+        return results.contact_sheet(self.blobs, shown, Path(path))
+
+    # ---- change
+
+    def cancel(self, batch_id: str, idx: int | None = None) -> tuple[int, int]:
+        """Cancel a batch or one job of it: (cancelled at once, running ones asked to stop)."""
+        cancelled = asked = 0
+        while True:
+            with self.db.write() as connection:
+                now, later = jobs.request_cancel(connection, batch_id, idx)
+            cancelled, asked = cancelled + now, asked + later
+            if not now and not later:
+                return cancelled, asked
+
+    def retry(
+        self,
+        batch_id: str,
+        *,
+        idx: int | None = None,
+        cancelled: bool = False,
+        code: str | None = None,
+    ) -> int:
+        """Queue failed (and cancelled) jobs again, those of one error code if given; how many."""
+        states = [JobState.FAILED] + ([JobState.CANCELLED] if cancelled else [])
+        total = 0
+        while True:
+            with self.db.write() as connection:
+                moved = jobs.redrive(connection, batch_id, states, idx=idx, code=code)
+            total += moved
+            if not moved:
+                break
+        self._ring()
+        return total
+
+    def pause(self, batch_id: str, paused: bool = True) -> None:
+        """Stop (or go on) handing out a batch's queued jobs; running ones finish."""
+        with self.db.write() as connection:
+            batches.set_paused(connection, batch_id, paused)
+        if not paused:
+            self._ring()
+
+    def close(self) -> None:
+        """Let go of connections; the farm object is of no more use."""
+        for name in ("broker", "blobs"):
+            if name in self.__dict__:
+                getattr(self, name).close()
+        self.db.close()
+
+    def __enter__(self) -> Farm:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def s3_options(settings: Settings) -> S3Options:
+    """The S3 part of the settings."""
+    access, secret = settings.s3_access_key, settings.s3_secret_key
+    return S3Options(
+        endpoint_url=settings.s3_endpoint_url,
+        region=settings.s3_region,
+        access_key=access.get_secret_value() if access else None,
+        secret_key=secret.get_secret_value() if secret else None,
+        path_style=settings.s3_path_style,
+        checksums=settings.s3_checksums,
+    )
+
+
+def _checked(stream: Iterator[JobSpec | RowError]) -> Iterator[JobSpec]:
+    """The specs while all are good; after a bad row the errors are gathered, then raised."""
+    errors: list[RowError] = []
+    bad = 0
+    for item in stream:
+        if isinstance(item, RowError):
+            bad += 1
+            if len(errors) < MOST_ERRORS:
+                errors.append(item)
+        elif not bad:
+            yield item
+    if bad:
+        what = "1 thing is wrong" if bad == 1 else f"{bad:,} things are wrong"
+        raise InvalidPromptFile(f"{what}; nothing was queued", errors)

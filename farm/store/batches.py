@@ -1,0 +1,191 @@
+"""Batches: the jobs submitted together, and the small tables that answer `status` at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Row, delete, func, select, update
+
+from farm.errors import NotFound
+from farm.states import JobState
+from farm.store.db import Database
+from farm.store.ids import new_batch_id
+from farm.store.tables import batches, counts, now
+
+
+@dataclass(frozen=True)
+class BatchStatus:
+    """How far a batch is. Times in seconds since 1970; `eta_s` and `rate` are None when unknown."""
+
+    id: str
+    name: str
+    owner: str
+    priority: int
+    paused: bool
+    ready: bool
+    total: int
+    counts: dict[str, int]
+    by_model: dict[str, dict[str, int]]
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    rate: float | None
+    eta_s: float | None
+
+    @property
+    def open(self) -> int:
+        """Jobs that are not in a final state yet."""
+        return self.counts["queued"] + self.counts["running"]
+
+    @property
+    def done(self) -> bool:
+        return self.ready and self.open == 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"done": self.done}
+
+
+def create(
+    connection: Connection, params: dict[str, Any], *, name: str, owner: str, priority: int
+) -> str:
+    """A new, empty batch that no worker sees before `release`. Its id."""
+    batch_id = new_batch_id()
+    connection.execute(
+        batches.insert().values(
+            id=batch_id, params=params, name=name, owner=owner, priority=priority, created_at=now()
+        )
+    )
+    return batch_id
+
+
+def release(connection: Connection, batch_id: str, total: int) -> None:
+    """The batch is whole: workers may take its jobs."""
+    connection.execute(
+        update(batches).where(batches.c.id == batch_id).values(ready=True, total=total)
+    )
+
+
+def remove(connection: Connection, batch_id: str) -> None:
+    """The batch and its rows are gone (a submit that was refused)."""
+    connection.execute(delete(batches).where(batches.c.id == batch_id))
+
+
+@contextmanager
+def submission(
+    db: Database, params: dict[str, Any], *, name: str, owner: str, priority: int
+) -> Iterator[str]:
+    """A batch under construction: removed again when the block raises."""
+    with db.write() as connection:
+        batch_id = create(connection, params, name=name, owner=owner, priority=priority)
+    try:
+        yield batch_id
+    except BaseException:
+        with db.write() as connection:
+            remove(connection, batch_id)
+        raise
+
+
+def status(connection: Connection, batch_id: str) -> BatchStatus:
+    """Read from the counters, whatever the batch's size. Raises NotFound."""
+    row = connection.execute(_with_clock().where(batches.c.id == batch_id)).first()
+    if row is None:
+        raise NotFound(f"no batch {batch_id[:40]!r}; `farm status` lists them")
+    return _statuses(connection, [row])[0]
+
+
+def recent(connection: Connection, limit: int = 20) -> list[BatchStatus]:
+    """The newest batches, newest first."""
+    rows = connection.execute(_with_clock().order_by(batches.c.id.desc()).limit(limit)).all()
+    return _statuses(connection, rows)
+
+
+def find(connection: Connection, text: str) -> str:
+    """The batch id that `text` means: a whole id, a unique beginning or end of one, or `latest`.
+
+    Raises NotFound when there is none or more than one.
+    """
+    if text == "latest":
+        found = connection.scalars(
+            select(batches.c.id).order_by(batches.c.id.desc()).limit(1)
+        ).all()
+    elif text.isalnum() and len(text) <= 16:
+        match = batches.c.id.like(f"{text}%") | batches.c.id.like(f"%{text}")
+        found = connection.scalars(select(batches.c.id).where(match).limit(2)).all()
+    else:
+        found = []
+    if len(found) != 1:
+        what = "several batches" if found else "no batch"
+        raise NotFound(f"{text[:40]!r} names {what}; `farm status` lists them")
+    return str(found[0])
+
+
+def set_paused(connection: Connection, batch_id: str, paused: bool) -> None:
+    connection.execute(update(batches).where(batches.c.id == batch_id).values(paused=paused))
+
+
+def candidates(connection: Connection, model: str, limit: int = 16) -> list[Row[Any]]:
+    """Batches with queued jobs of a model, in the order in which claims should try them.
+
+    Priority first; among equals the batch with the fewest running jobs, then the oldest.
+    """
+    query = (
+        select(batches.c.id, batches.c.params)
+        .join(counts, counts.c.batch_id == batches.c.id)
+        .where(counts.c.model == model, counts.c.queued > 0)
+        .where(batches.c.ready, ~batches.c.paused)
+        .order_by(batches.c.priority.desc(), counts.c.running, batches.c.id)
+        .limit(limit)
+    )
+    return list(connection.execute(query))
+
+
+def backlog(connection: Connection) -> dict[str, int]:
+    """Queued jobs that may be claimed, by model."""
+    query = (
+        select(counts.c.model, func.sum(counts.c.queued))
+        .join(batches, counts.c.batch_id == batches.c.id)
+        .where(counts.c.queued > 0, batches.c.ready, ~batches.c.paused)
+        .group_by(counts.c.model)
+    )
+    return {model: int(n) for model, n in connection.execute(query)}
+
+
+def _with_clock() -> Any:
+    return select(batches, now().label("clock"))
+
+
+def _statuses(connection: Connection, rows: Any) -> list[BatchStatus]:
+    by_batch: dict[str, dict[str, dict[str, int]]] = {row.id: {} for row in rows}
+    for line in connection.execute(select(counts).where(counts.c.batch_id.in_(by_batch))):
+        by_batch[line.batch_id][line.model] = {str(s): getattr(line, s) for s in JobState}
+    return [_status(row, by_batch[row.id]) for row in rows]
+
+
+def _status(row: Row[Any], by_model: dict[str, dict[str, int]]) -> BatchStatus:
+    total = {str(s): sum(model[s] for model in by_model.values()) for s in JobState}
+    finished = total["succeeded"] + total["failed"]
+    left = total["queued"] + total["running"]
+    rate = eta = None
+    if row.started_at and finished:
+        until = row.finished_at if row.finished_at and not left else row.clock
+        rate = finished / max(until - row.started_at, 1e-3)
+        eta = left / rate
+    return BatchStatus(
+        id=row.id,
+        name=row.name,
+        owner=row.owner,
+        priority=row.priority,
+        paused=row.paused,
+        ready=row.ready,
+        total=row.total,
+        counts=total,
+        by_model=by_model,
+        created_at=row.created_at,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+        rate=rate,
+        eta_s=eta,
+    )

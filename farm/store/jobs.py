@@ -1,0 +1,437 @@
+"""The only writer of `jobs.state`: one function an arrow of TRANSITIONS.
+
+Every arrow out of `running` is guarded in the WHERE by state, session and `claim_no`, so a ghost
+whose job was given to another changes nothing; each returns the jobs that it really moved. The
+counters of the batch move in the same transaction.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, exists, func, or_, select, update
+
+from farm.catalog import Lane
+from farm.errors import FarmError, JobCancelled
+from farm.spec import JobSpec
+from farm.states import FINAL_STATES, JobState, may_become
+from farm.store.ids import JobRef
+from farm.store.tables import batches, counts, events, jobs, now
+
+QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = JobState
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A session's right to run one job, fenced by `claim_no`."""
+
+    ref: JobRef
+    claim_no: int
+    session_id: str
+    spec: JobSpec
+    failures: int = 0
+    suspect: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is recorded of a stored picture."""
+
+    object_key: str
+    sha256: str
+    size_bytes: int
+    render_s: float
+    fingerprint: str
+
+
+class _Tally:
+    """The moves of one transaction, written to the counters at its end."""
+
+    def __init__(self) -> None:
+        self.moves: dict[tuple[str, str], Counter[JobState]] = {}
+
+    def move(self, batch_id: str, model: str, old: JobState, new: JobState, n: int = 1) -> None:
+        assert may_become(old, new), f"no arrow {old} -> {new}"
+        counter = self.moves.setdefault((batch_id, model), Counter())
+        counter[old] -= n
+        counter[new] += n
+
+    def write(self, connection: Connection) -> None:
+        for (batch_id, model), counter in sorted(self.moves.items()):
+            changed = {counts.c[state]: counts.c[state] + n for state, n in counter.items() if n}
+            mine = and_(counts.c.batch_id == batch_id, counts.c.model == model)
+            if changed:
+                connection.execute(update(counts).where(mine).values(changed))
+        finals = {b for (b, _), c in self.moves.items() if any(c[s] > 0 for s in FINAL_STATES)}
+        for batch_id in sorted(finals):
+            _close_if_finished(connection, batch_id)
+
+
+def _close_if_finished(connection: Connection, batch_id: str) -> None:
+    left = and_(counts.c.batch_id == batch_id, counts.c.queued + counts.c.running > 0)
+    connection.execute(
+        update(batches)
+        .where(batches.c.id == batch_id, batches.c.ready, ~exists().where(left))
+        .values(finished_at=now())
+    )
+
+
+def insert(
+    connection: Connection,
+    batch_id: str,
+    first_idx: int,
+    specs: Sequence[JobSpec],
+    shared: dict[str, Any],
+) -> None:
+    """Queue `specs` as jobs first_idx, first_idx + 1, ... of a batch whose params are `shared`."""
+    rows = []
+    for idx, spec in enumerate(specs, start=first_idx):
+        fields = spec.model_dump()
+        own = {k: v for k, v in fields.items() if k in shared and shared[k] != v}
+        rows.append(
+            {
+                "batch_id": batch_id,
+                "idx": idx,
+                "key": spec.key,
+                "params": own or None,
+                **{k: fields[k] for k in ("model", "prompt", "negative_prompt", "seed")},
+            }
+        )
+    connection.execute(jobs.insert(), rows)
+    for model, n in Counter(spec.model for spec in specs).items():
+        mine = and_(counts.c.batch_id == batch_id, counts.c.model == model)
+        more = update(counts).where(mine).values({counts.c.queued: counts.c.queued + n})
+        if not connection.execute(more).rowcount:
+            connection.execute(
+                counts.insert().values({"batch_id": batch_id, "model": model, QUEUED: n})
+            )
+
+
+def claim(
+    connection: Connection,
+    batch_id: str,
+    shared: dict[str, Any],
+    session_id: str,
+    lane: Lane,
+    limit: int,
+) -> list[Claim]:
+    """queued -> running: the batch's next rows of one key, in order; a suspect comes alone."""
+    waiting = and_(
+        jobs.c.batch_id == batch_id,
+        jobs.c.model == lane.model,
+        jobs.c.state == QUEUED,
+        or_(jobs.c.not_before.is_(None), jobs.c.not_before <= now()),
+    )
+    in_order = select(jobs.c.idx).where(waiting).order_by(jobs.c.idx)
+    in_order = in_order.with_for_update(skip_locked=True)
+    head = connection.execute(in_order.add_columns(jobs.c.key, jobs.c.suspect).limit(1)).first()
+    if head is None:
+        return []
+    chosen = [head.idx]
+    if not head.suspect and limit > 1:
+        alike = in_order.where(jobs.c.key == head.key, ~jobs.c.suspect).limit(limit)
+        chosen = list(connection.scalars(alike))
+    moved = connection.execute(
+        update(jobs)
+        .where(jobs.c.batch_id == batch_id, jobs.c.idx.in_(chosen), jobs.c.state == QUEUED)
+        .values(
+            state=RUNNING,
+            session_id=session_id,
+            engine=lane.engine,
+            claim_no=jobs.c.claim_no + 1,
+            started_at=None,
+            progress=0.0,
+            not_before=None,
+        )
+        .returning(*_CLAIMED)
+    ).all()
+    tally = _Tally()
+    tally.move(batch_id, lane.model, QUEUED, RUNNING, len(moved))
+    tally.write(connection)
+    started = batches.c.started_at.is_(None)
+    connection.execute(
+        update(batches).where(batches.c.id == batch_id, started).values(started_at=now())
+    )
+    rows = sorted(moved, key=lambda row: row.idx)
+    return [_claim_of(row, shared, session_id) for row in rows]
+
+
+_SPEC_COLUMNS = ("model", "prompt", "negative_prompt", "seed")
+_CLAIMED = [
+    jobs.c[name]
+    for name in ("batch_id", "idx", "claim_no", "failures", "suspect", "params", *_SPEC_COLUMNS)
+]
+
+
+def spec_of(row: Any, shared: dict[str, Any]) -> JobSpec:
+    """The whole JobSpec of a row and its batch's shared parameters (validated when submitted)."""
+    own = {name: getattr(row, name) for name in _SPEC_COLUMNS}
+    return JobSpec.model_construct(**{**shared, **(row.params or {}), **own})
+
+
+def _claim_of(row: Any, shared: dict[str, Any], session_id: str) -> Claim:
+    ref = JobRef(row.batch_id, row.idx)
+    spec = spec_of(row, shared)
+    return Claim(ref, row.claim_no, session_id, spec, row.failures, row.suspect)
+
+
+def held_by(connection: Connection, session_id: str) -> list[tuple[Claim, bool]]:
+    """What a session holds: each claim, and whether its own render had started."""
+    rows = connection.execute(
+        select(*_CLAIMED, jobs.c.started_at, batches.c.params.label("shared"))
+        .join(batches, batches.c.id == jobs.c.batch_id)
+        .where(jobs.c.session_id == session_id, jobs.c.state == RUNNING)
+    )
+    return [(_claim_of(r, r.shared, session_id), r.started_at is not None) for r in rows]
+
+
+_GUARD = and_(
+    jobs.c.batch_id == bindparam("g_batch"),
+    jobs.c.idx == bindparam("g_idx"),
+    jobs.c.state == RUNNING,
+    jobs.c.session_id == bindparam("g_session"),
+    jobs.c.claim_no == bindparam("g_claim"),
+)
+
+
+def _guarded(
+    connection: Connection, held: Claim, values: dict[str, Any], *more: ColumnElement[bool]
+) -> bool:
+    """Update the row if the claim still holds; whether it did."""
+    guard = {"g_batch": held.ref.batch_id, "g_idx": held.ref.idx}
+    guard |= {"g_session": held.session_id, "g_claim": held.claim_no}
+    statement = update(jobs).where(_GUARD, *more).values(values)
+    return bool(connection.execute(statement, guard).rowcount)
+
+
+def mark_started(connection: Connection, held: Iterable[Claim]) -> None:
+    """Note that these jobs' own renders began: should the worker die now, they are suspects."""
+    for one in held:
+        _guarded(connection, one, {"started_at": now()})
+
+
+def record_progress(connection: Connection, progress: Iterable[tuple[Claim, float]]) -> None:
+    """Note how far running jobs are, 0 to 1."""
+    for one, fraction in progress:
+        _guarded(connection, one, {"progress": fraction})
+
+
+def succeed(connection: Connection, done: Sequence[tuple[Claim, Picture]]) -> set[JobRef]:
+    """running -> succeeded, for stored pictures. A ref not returned: its claim was lost."""
+    tally, moved = _Tally(), set[JobRef]()
+    for held, picture in done:
+        values = {
+            "state": SUCCEEDED,
+            "session_id": None,
+            "finished_at": now(),
+            "progress": 1.0,
+            "object_key": picture.object_key,
+            "sha256": picture.sha256,
+            "suspect": False,
+            "size_bytes": picture.size_bytes,
+            "render_s": picture.render_s,
+            "fingerprint": picture.fingerprint,
+            "error_code": None,
+            "error": None,
+        }
+        if _guarded(connection, held, values):
+            moved.add(held.ref)
+            tally.move(held.ref.batch_id, held.spec.model, RUNNING, SUCCEEDED)
+    tally.write(connection)
+    return moved
+
+
+def fail(connection: Connection, held: Claim, error: FarmError) -> bool:
+    """running -> failed: a permanent error, or the job's failures are used up."""
+    values = {
+        "state": FAILED,
+        "session_id": None,
+        "finished_at": now(),
+        "failures": jobs.c.failures + 1,
+        "error_code": error.code,
+        "error": error.message,
+    }
+    return _leave(connection, held, FAILED, values, error)
+
+
+def requeue(
+    connection: Connection,
+    held: Claim,
+    error: FarmError,
+    *,
+    count: bool = False,
+    suspect: bool = False,
+    delay_s: float = 0.0,
+) -> bool:
+    """running -> queued: retry, lease expired or shutdown; to cancelled if that was asked for."""
+    if cancel_running(connection, held, if_requested=True):
+        return True
+    values = {
+        "state": QUEUED,
+        "session_id": None,
+        "engine": None,
+        "started_at": None,
+        "progress": 0.0,
+        "failures": jobs.c.failures + int(count),
+        "not_before": now() + delay_s if delay_s else None,
+        "error_code": error.code,
+        "error": error.message,
+    }
+    if suspect:
+        values["suspect"] = True
+    return _leave(connection, held, QUEUED, values, error)
+
+
+def cancel_running(connection: Connection, held: Claim, *, if_requested: bool = False) -> bool:
+    """running -> cancelled: the cancel was seen between steps."""
+    error = JobCancelled()
+    values = {
+        "state": CANCELLED,
+        "session_id": None,
+        "finished_at": now(),
+        "cancel_requested": False,
+        "error_code": error.code,
+        "error": error.message,
+    }
+    wish = [jobs.c.cancel_requested] if if_requested else []
+    return _leave(connection, held, CANCELLED, values, error, *wish)
+
+
+_KINDS = {FAILED: "failed", QUEUED: "requeued", CANCELLED: "cancelled"}
+
+
+def _leave(
+    connection: Connection,
+    held: Claim,
+    new: JobState,
+    values: dict[str, Any],
+    error: FarmError,
+    *more: ColumnElement[bool],
+) -> bool:
+    if not _guarded(connection, held, values, *more):
+        return False
+    tally = _Tally()
+    tally.move(held.ref.batch_id, held.spec.model, RUNNING, new)
+    connection.execute(
+        events.insert().values(
+            batch_id=held.ref.batch_id,
+            idx=held.ref.idx,
+            at=now(),
+            kind=_KINDS[new],
+            code=error.code,
+            message=error.message,
+            session_id=held.session_id,
+            claim_no=held.claim_no,
+        )
+    )
+    tally.write(connection)
+    return True
+
+
+def _some(batch_id: str, idx: int | None, *where: ColumnElement[bool], limit: int) -> Any:
+    chosen = select(jobs.c.idx).where(jobs.c.batch_id == batch_id, *where)
+    if idx is not None:
+        chosen = chosen.where(jobs.c.idx == idx)
+    chosen = chosen.order_by(jobs.c.idx).limit(limit).with_for_update()
+    return and_(jobs.c.batch_id == batch_id, jobs.c.idx.in_(chosen.scalar_subquery()), *where)
+
+
+def request_cancel(
+    connection: Connection, batch_id: str, idx: int | None = None, *, limit: int = 5000
+) -> tuple[int, int]:
+    """queued -> cancelled at once, at most `limit` of them; a running one is asked to stop.
+
+    Returns (cancelled now, asked to stop). Call again until both are 0.
+    """
+    asked = connection.execute(
+        update(jobs)
+        .where(_some(batch_id, idx, jobs.c.state == RUNNING, ~jobs.c.cancel_requested, limit=limit))
+        .values(cancel_requested=True)
+    ).rowcount
+    moved = _move_waiting(
+        connection,
+        batch_id,
+        [(QUEUED, CANCELLED)],
+        _some(batch_id, idx, jobs.c.state == QUEUED, limit=limit),
+        {
+            "finished_at": now(),
+            "error_code": JobCancelled.code,
+            "error": JobCancelled().message,
+            "cancel_requested": False,
+            "not_before": None,
+        },
+        "cancelled",
+    )
+    return moved, asked
+
+
+def redrive(
+    connection: Connection,
+    batch_id: str,
+    states: Sequence[JobState],
+    *,
+    idx: int | None = None,
+    code: str | None = None,
+    limit: int = 5000,
+) -> int:
+    """failed, cancelled -> queued by a person, at most `limit`; its failures start anew."""
+    where = [jobs.c.state.in_(states)] + ([jobs.c.error_code == code] if code else [])
+    fresh = {
+        "finished_at": None,
+        "failures": 0,
+        "suspect": False,
+        "not_before": None,
+        "error_code": None,
+        "error": None,
+        "cancel_requested": False,
+        "started_at": None,
+        "progress": 0.0,
+        "engine": None,
+    }
+    arrows = [(old, QUEUED) for old in states]
+    chosen = _some(batch_id, idx, *where, limit=limit)
+    moved = _move_waiting(connection, batch_id, arrows, chosen, fresh, "redriven")
+    if moved:
+        connection.execute(update(batches).where(batches.c.id == batch_id).values(finished_at=None))
+    return moved
+
+
+def _move_waiting(
+    connection: Connection,
+    batch_id: str,
+    arrows: Sequence[tuple[JobState, JobState]],
+    where: ColumnElement[bool],
+    values: dict[str, Any],
+    kind: str,
+) -> int:
+    """Move jobs that no session holds; `where` names their batch and bounds their number."""
+    tally, total = _Tally(), 0
+    for old, new in arrows:
+        moved = connection.execute(
+            update(jobs)
+            .where(where, jobs.c.state == old)
+            .values(state=new, **values)
+            .returning(jobs.c.idx, jobs.c.model, jobs.c.claim_no)
+        ).all()
+        for model, n in Counter(row.model for row in moved).items():
+            tally.move(batch_id, model, old, new, n)
+        rows = [
+            {"batch_id": batch_id, "idx": r.idx, "kind": kind, "claim_no": r.claim_no}
+            for r in moved
+        ]
+        if rows:
+            connection.execute(events.insert().values(at=now()), rows)
+        total += len(moved)
+    tally.write(connection)
+    return total
+
+
+def count_states(connection: Connection, batch_id: str) -> dict[str, int]:
+    """A full count, for audits; `batches.status` reads the counters instead."""
+    rows = connection.execute(
+        select(jobs.c.state, func.count()).where(jobs.c.batch_id == batch_id).group_by(jobs.c.state)
+    )
+    return {row[0]: row[1] for row in rows}

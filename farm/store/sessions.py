@@ -1,0 +1,146 @@
+"""Sessions: one life of a worker, a heartbeat row with an expiry on the database's clock."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sqlalchemy import Connection, func, select, update
+
+from farm.catalog import Lane
+from farm.store.ids import JobRef
+from farm.store.tables import jobs, now, sessions
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A worker as its session row shows it. Times in seconds."""
+
+    id: str
+    model: str
+    engine: str
+    device: str
+    host: str
+    pid: int
+    state: str
+    note: str
+    info: dict[str, Any]
+    rendered: int
+    seconds_per_picture: float | None
+    opened_at: float
+    silent_s: float
+
+    @property
+    def lane(self) -> Lane:
+        return Lane(self.model, self.engine)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a worker tells with each heartbeat."""
+
+    state: str = "idle"
+    note: str = ""
+    rendered: int = 0
+    seconds_per_picture: float | None = None
+
+
+def open_session(
+    connection: Connection,
+    lane: Lane,
+    ttl_s: float,
+    *,
+    host: str,
+    pid: int,
+    device: str,
+    info: dict[str, Any],
+) -> str:
+    """A new session that expires in `ttl_s` seconds unless it beats. Its id."""
+    session_id = secrets.token_hex(16)
+    connection.execute(
+        sessions.insert().values(
+            id=session_id,
+            model=lane.model,
+            engine=lane.engine,
+            device=device,
+            host=host,
+            pid=pid,
+            info=info,
+            opened_at=now(),
+            heartbeat_at=now(),
+            expires_at=now() + ttl_s,
+        )
+    )
+    return session_id
+
+
+def beat(connection: Connection, session_id: str, ttl_s: float, told: Beat) -> bool:
+    """Extend the lease by `ttl_s` from now. False: the session was lost, its jobs are others'."""
+    moved = connection.execute(
+        update(sessions)
+        .where(sessions.c.id == session_id, sessions.c.closed_at.is_(None))
+        .values(heartbeat_at=now(), expires_at=now() + ttl_s, **asdict(told))
+    )
+    return bool(moved.rowcount)
+
+
+def cancels(connection: Connection, session_id: str) -> set[JobRef]:
+    """Jobs the session holds that a person wants cancelled."""
+    rows = connection.execute(
+        select(jobs.c.batch_id, jobs.c.idx).where(
+            jobs.c.session_id == session_id, jobs.c.state == "running", jobs.c.cancel_requested
+        )
+    )
+    return {JobRef(*row) for row in rows}
+
+
+def close(connection: Connection, session_id: str, *, lost: bool = False) -> bool:
+    """End a session; False if it had ended already."""
+    moved = connection.execute(
+        update(sessions)
+        .where(sessions.c.id == session_id, sessions.c.closed_at.is_(None))
+        .values(closed_at=now(), lost=lost)
+    )
+    return bool(moved.rowcount)
+
+
+def expired(connection: Connection) -> list[str]:
+    """Open sessions whose time is over, by the database's clock."""
+    query = select(sessions.c.id).where(
+        sessions.c.closed_at.is_(None), sessions.c.expires_at < now()
+    )
+    return list(connection.scalars(query))
+
+
+def orphaned(connection: Connection) -> list[str]:
+    """Ended sessions that still hold running jobs."""
+    holders = select(jobs.c.session_id).where(jobs.c.state == "running").distinct()
+    query = select(sessions.c.id).where(
+        sessions.c.id.in_(holders), sessions.c.closed_at.is_not(None)
+    )
+    return list(connection.scalars(query))
+
+
+def live(connection: Connection) -> list[Worker]:
+    """Workers whose session is open and not expired."""
+    query = (
+        select(sessions, (now() - sessions.c.heartbeat_at).label("silent_s"))
+        .where(sessions.c.closed_at.is_(None), sessions.c.expires_at >= now())
+        .order_by(sessions.c.model, sessions.c.engine, sessions.c.opened_at)
+    )
+    names = Worker.__dataclass_fields__
+    return [Worker(**{n: getattr(row, n) for n in names}) for row in connection.execute(query)]
+
+
+def live_lanes(connection: Connection) -> dict[Lane, int]:
+    """How many workers serve each lane now."""
+    query = (
+        select(sessions.c.model, sessions.c.engine, func.count())
+        .where(sessions.c.closed_at.is_(None), sessions.c.expires_at >= now())
+        .group_by(sessions.c.model, sessions.c.engine)
+    )
+    return {Lane(model, engine): n for model, engine, n in connection.execute(query)}
