@@ -23,7 +23,8 @@ S = TypeVar("S", bound=Server)
 def _running(kind: type[S]) -> Iterator[S]:
     with ExitStack() as stack:
         try:
-            server = stack.enter_context(kind())
+            server = kind()
+            stack.enter_context(server)
         except ServerMissing as exc:
             if os.environ.get("CI"):
                 raise

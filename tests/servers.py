@@ -10,6 +10,7 @@ thread, but from one at a time for each server.
 
 from __future__ import annotations
 
+import functools
 import http.client
 import importlib.util
 import os
@@ -260,11 +261,21 @@ class S3Server(Server):
 
     def create_bucket(self) -> str:
         """The name of a new empty bucket."""
+        name = f"farm-{uuid.uuid4().hex[:16]}"
+        self._client.create_bucket(Bucket=name)
+        return name
+
+    def close(self) -> None:
+        if "_client" in vars(self):
+            self._client.close()
+        super().close()
+
+    @functools.cached_property
+    def _client(self) -> Any:
         import boto3
         from botocore.config import Config
 
-        name = f"farm-{uuid.uuid4().hex[:16]}"
-        client = boto3.session.Session().client(
+        return boto3.session.Session().client(
             "s3",
             region_name="us-east-1",
             endpoint_url=self.endpoint_url,
@@ -272,11 +283,6 @@ class S3Server(Server):
             aws_secret_access_key=self.secret_key,
             config=Config(s3={"addressing_style": "path"}),
         )
-        try:
-            client.create_bucket(Bucket=name)
-        finally:
-            client.close()
-        return name
 
     def _find(self) -> None:
         if importlib.util.find_spec("swift") is None:

@@ -118,10 +118,19 @@ def check_key(key: str) -> str:
     return key
 
 
+def is_key(key: str) -> bool:
+    """Whether `check_key` lets it pass."""
+    try:
+        check_key(key)
+    except ValueError:
+        return False
+    return True
+
+
 def check_prefix(prefix: str) -> str:
     """Return `prefix` if a valid key can start with it, else raise ValueError; "" is every key."""
-    if prefix:
-        check_key(prefix + "x")
+    if prefix and not is_key(prefix + "x"):
+        check_key(prefix)
     return prefix
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from farm.blobs import BlobStat, check_expiry, check_key, check_prefix, probe
+from farm.blobs import BlobStat, check_expiry, check_key, check_prefix, is_key, probe
 from farm.errors import BlobNotFound, StorageUnavailable
 
 _TEMPORARY = ".tmp-"  # no key starts with a dot
@@ -132,9 +132,7 @@ def _entries(directory: Path) -> list[tuple[str, os.DirEntry[str]]]:
     try:
         with os.scandir(directory) as scan:
             for entry in scan:
-                try:
-                    check_key(entry.name)
-                except ValueError:
+                if not is_key(entry.name):
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     found.append((entry.name + "/", entry))

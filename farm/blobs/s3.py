@@ -10,7 +10,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from farm.blobs import BlobStat, S3Options, check_expiry, check_key, check_prefix, probe
+from farm.blobs import BlobStat, S3Options, check_expiry, check_key, check_prefix, is_key, probe
 from farm.blobs.s3_faults import Place, fault, status_of
 from farm.errors import BlobNotFound, InvalidConfig, StorageUnavailable
 
@@ -136,7 +136,7 @@ class S3Blobs:
             for page in pages:
                 for item in page.get("Contents", []):
                     key = item["Key"].removeprefix(self._prefix)
-                    if _is_key(key):  # others may keep files of their own in the bucket
+                    if is_key(key):  # others may keep files of their own in the bucket
                         yield BlobStat(key, item["Size"])
 
     @contextmanager
@@ -176,11 +176,3 @@ def _client(options: S3Options) -> S3Client:
     except ValueError as exc:
         raise InvalidConfig(f"S3 settings: {exc}") from None
     return client
-
-
-def _is_key(key: str) -> bool:
-    try:
-        check_key(key)
-    except ValueError:
-        return False
-    return True

@@ -1,0 +1,183 @@
+"""What only a local directory can do wrong: links, crashes, full and read-only disks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from farm.blobs import BlobStore, check_key, open_blobs
+from farm.errors import StorageUnavailable
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "blobs"
+
+
+@pytest.fixture
+def store(root: Path) -> BlobStore:
+    return open_blobs(str(root))
+
+
+def files(root: Path) -> list[str]:
+    return sorted(path.name for path in root.rglob("*") if path.is_file())
+
+
+def raising(number: int) -> Callable[..., Any]:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_url_is_a_file_uri(store: BlobStore) -> None:
+    store.put("a/b=1.png", b"picture", "image/png")
+    with urlopen(store.url("a/b=1.png")) as reply:
+        assert reply.read() == b"picture"
+
+
+def test_opening_touches_nothing(store: BlobStore, root: Path) -> None:
+    assert list(store.list()) == []
+    assert not root.exists()
+
+
+@pytest.mark.parametrize("link", ["out", "out/file"])
+def test_links_out_of_the_root_are_refused(
+    store: BlobStore, root: Path, tmp_path: Path, link: str
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_bytes(b"not yours")
+    root.mkdir()
+    (root / "out").symlink_to(outside if "/" in link else outside / "file")
+    for action in (
+        lambda: store.put(link, b"x", "text/plain"),
+        lambda: store.get(link),
+        lambda: store.stat(link),
+        lambda: store.delete([link]),
+        lambda: store.url(link),
+    ):
+        with pytest.raises(StorageUnavailable, match="symbolic link"):
+            action()
+    assert list(store.list()) == []
+    assert (outside / "file").read_bytes() == b"not yours"
+
+
+def test_a_loop_of_links_is_refused(store: BlobStore, root: Path) -> None:
+    root.mkdir()
+    (root / "a").symlink_to(root / "b")
+    (root / "b").symlink_to(root / "a")
+    with pytest.raises(StorageUnavailable):
+        store.get("a/c")
+
+
+def test_the_root_itself_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "blobs").symlink_to(tmp_path / "disk")
+    store = open_blobs(str(tmp_path / "blobs"))
+    store.put("a/b", b"x", "text/plain")
+    assert [found.key for found in store.list()] == ["a/b"]
+
+
+def test_a_crash_before_the_replace_leaves_no_object(store: BlobStore, root: Path) -> None:
+    store.put("a/old", b"old", "text/plain")
+    code = (
+        "import os, sys; from farm.blobs import open_blobs; os.replace = lambda *a: os._exit(9); "
+        "open_blobs(sys.argv[1]).put(sys.argv[2], b'new', 'text/plain')"
+    )
+    for key in ("a/old", "a/new"):
+        assert subprocess.run([sys.executable, "-c", code, str(root), key]).returncode == 9
+    assert len(files(root)) == 3  # two of them are what the crashes left
+    assert [found.key for found in store.list()] == ["a/old"]
+    assert store.get("a/old") == b"old"
+    assert store.stat("a/new") is None
+
+
+@pytest.mark.parametrize("call", ["write", "replace", "fsync"])
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOSPC, "full"), (errno.EDQUOT, "full"), (errno.EIO, "error")]
+)
+def test_a_failed_write_names_the_cause_and_leaves_the_old_object(
+    store: BlobStore,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    number: int,
+    words: str,
+) -> None:
+    store.put("a", b"old", "text/plain")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, raising(number))
+        with pytest.raises(StorageUnavailable, match=words) as caught:
+            store.put("a", b"new", "text/plain")
+    assert str(root) in caught.value.message
+    assert store.get("a") == b"old"
+    assert files(root) == ["a"]
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_check_on_a_read_only_directory_says_so(
+    store: BlobStore, root: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    root.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", raising(number))
+        with pytest.raises(StorageUnavailable, match=r"read-only.*make it writable") as caught:
+            store.check()
+    assert str(root) in caught.value.message
+
+
+def test_check_on_a_directory_without_rights(root: Path) -> None:
+    root.mkdir(mode=0o500)
+    nowhere = Path("/sys/kernel") if os.geteuid() == 0 else root  # root may write to any other
+    with pytest.raises(StorageUnavailable, match="read-only"):
+        open_blobs(str(nowhere)).check()
+
+
+def test_check_on_a_full_disk_says_so(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", raising(errno.ENOSPC))
+        with pytest.raises(StorageUnavailable, match="full"):
+            store.check()
+
+
+def test_short_writes_are_carried_on(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda fd, data: write(fd, data[:1000]))
+        store.put("a", b"0123456789" * 450, "text/plain")
+    assert store.get("a") == b"0123456789" * 450
+
+
+def test_a_file_where_a_directory_must_be(store: BlobStore) -> None:
+    store.put("a/b", b"x", "text/plain")
+    for key in ("a", "a/b/c"):
+        with pytest.raises(StorageUnavailable, match="same name"):
+            store.put(key, b"x", "text/plain")
+
+
+def test_files_that_are_no_objects_are_not_listed(store: BlobStore, root: Path) -> None:
+    store.put("a", b"x", "text/plain")
+    for name in (".tmp-1", "README", "lost+found", ".DS_Store"):
+        (root / name).write_text("x")
+    assert [found.key for found in store.list()] == ["a"]
+
+
+@given(st.text(max_size=40) | st.from_regex(r"[a-z./\\.:=-]{1,40}", fullmatch=True))
+def test_every_key_is_refused_or_stays_inside(text: str) -> None:
+    try:
+        key = check_key(text)
+    except ValueError:
+        return
+    inside = os.path.normpath(f"/root/{key}")
+    assert inside == f"/root/{key}"
