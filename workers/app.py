@@ -1,0 +1,125 @@
+"""The Celery worker of one lane: `python -m workers --model M --engine E [--device D]`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from celery import signals
+from celery.worker import state as celery_state
+
+from farm.blobs import open_blobs
+from farm.broker import TASK, Broker
+from farm.catalog import Lane, load_catalog
+from farm.config import load_settings
+from farm.errors import FarmError
+from farm.service import Farm, s3_options
+from workers.child import Child
+from workers.engine import EngineConfig
+from workers.runner import Runner
+
+log = logging.getLogger("farm.worker")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("farm worker", description="Serve one lane.")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--engine", required=True)
+    parser.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is one")
+    parser.add_argument("--micro-batch", type=int, help="most pictures rendered at once")
+    parser.add_argument("--strict", action="store_true", help="same bytes whatever the neighbours")
+    parser.add_argument("--threads", type=int, help="CPU threads of the engine")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT; 0 after a clean drain, 1 when the engine cannot run."""
+    args = parse(argv)
+    logs = Path(tempfile.mkdtemp(prefix="farm-worker-"))
+    try:
+        return _serve(args, logs / "engine.log")
+    except FarmError as error:
+        print(f"error: {error.message} ({error.code})", file=sys.stderr)
+        return 1
+    finally:
+        shutil.rmtree(logs, ignore_errors=True)
+
+
+def _serve(args: argparse.Namespace, engine_log: Path) -> int:
+    settings = load_settings()
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    lane = Lane(args.model, args.engine)
+    config = EngineConfig(
+        engine=lane.engine,
+        model=lane.model,
+        weights=_weights(settings.catalog_path, lane),
+        device=args.device,
+        micro_batch=args.micro_batch,
+        strict=args.strict,
+        threads=args.threads,
+    )
+    farm = Farm(settings)
+    child = Child(
+        config,
+        load_timeout_s=settings.load_timeout_s,
+        step_timeout_s=settings.step_timeout_s,
+        log=engine_log,
+    )
+    blobs = open_blobs(settings.blobs, s3=s3_options(settings))
+    runner = Runner(config, child, settings, farm.db, farm.broker, blobs)
+    info = runner.start()
+    log.info("%s loaded on %s, micro-batches of %d", lane.model, info.device, info.micro_batch)
+    try:
+        return _consume(farm.broker, lane, runner)
+    finally:
+        runner.close()
+        farm.close()
+        blobs.close()
+
+
+def _weights(path: Path | None, lane: Lane) -> Any:
+    return load_catalog(path).weights(lane)
+
+
+def _consume(broker: Broker, lane: Lane, runner: Runner) -> int:
+    """Celery's consumer in this thread, the work in its one pool thread."""
+
+    def render(model: str, engine: str) -> None:
+        if (model, engine) != lane:
+            log.warning("a token of %s/%s on the queue of %s is dropped", model, engine, lane.queue)
+            return
+        runner.work()
+        if runner.broken.is_set():
+            celery_state.should_stop = 1
+
+    def stop(**_: Any) -> None:
+        runner.stop()
+
+    app = broker.app
+    app.task(render, name=TASK, ignore_result=True)
+    signals.worker_shutting_down.connect(stop)
+    signals.setup_logging.connect(_keep_logging)
+    worker = app.Worker(
+        queues=[lane.queue],
+        pool="threads",
+        concurrency=1,
+        loglevel="WARNING",
+        without_gossip=True,
+        without_mingle=True,
+        optimization="fair",
+    )
+    runner.ring()
+    worker.start()
+    return 1 if runner.broken.is_set() else 0
+
+
+def _keep_logging(**_: Any) -> None:
+    """Celery leaves the logging that `_serve` set up alone."""

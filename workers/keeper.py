@@ -1,0 +1,86 @@
+"""Encodes, hashes and stores pictures in threads while the engine renders the next ones."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from farm.blobs import BlobStore
+from farm.errors import EnvironmentFault, FarmError, RenderFailed
+from farm.pictures import CONTENT_TYPES, Origin, encode, object_key, sha256
+from farm.store.jobs import Claim, Picture
+from workers.recorder import Recorder
+
+log = logging.getLogger(__name__)
+THREADS = 4
+MOST_WAITING = 32  # pictures in memory; beyond that the engine waits
+PATIENCE_S = 60.0  # how long a finished picture is held while the blob store is away
+
+
+class Keeper:
+    """Takes finished pixels; each ends as a record: a picture, or a failure."""
+
+    def __init__(self, blobs: BlobStore, origin: Origin, recorder: Recorder) -> None:
+        self._blobs, self._origin, self._recorder = blobs, origin, recorder
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="keeper")
+        self._room = threading.Semaphore(MOST_WAITING)
+        self._closing = threading.Event()
+        self.trouble = ""
+
+    def keep(self, claim: Claim, pixels: Any, render_s: float) -> None:
+        """Store `pixels` (uint8, height x width x 3) as the job's picture; returns at once."""
+        self._room.acquire()
+        future = self._pool.submit(self._keep, claim, pixels, render_s)
+        future.add_done_callback(lambda _: self._room.release())
+
+    def _keep(self, claim: Claim, pixels: Any, render_s: float) -> None:
+        try:
+            picture = self._stored(claim, pixels, render_s)
+        except FarmError as error:
+            self._recorder.failure(claim, error)
+        except Exception as error:
+            log.exception("job %s: the picture could not be made a file", claim.ref)
+            what = f"the picture could not be stored: {type(error).__name__}: {error}"
+            self._recorder.failure(claim, RenderFailed(what))
+        else:
+            self._recorder.picture(claim, picture)
+
+    def _stored(self, claim: Claim, pixels: Any, render_s: float) -> Picture:
+        spec = claim.spec
+        data = encode(pixels.tobytes(), spec, self._origin)
+        key = object_key(claim.ref, claim.claim_no, spec.format)
+        self._put(key, data, CONTENT_TYPES[spec.format])
+        fingerprint = spec.fingerprint(self._origin.engine, self._origin.weights_sha256)
+        return Picture(key, sha256(data), len(data), render_s, fingerprint)
+
+    def _put(self, key: str, data: bytes, content_type: str) -> None:
+        until, pause = time.monotonic() + PATIENCE_S, 0.2
+        while True:
+            try:
+                self._blobs.put(key, data, content_type)
+                self.trouble = ""
+                return
+            except EnvironmentFault as error:
+                self.trouble = error.message
+                log.warning("%s", error.message)
+                if self._closing.is_set() or time.monotonic() > until:
+                    raise
+            self._closing.wait(pause * random.uniform(0.5, 1.5))
+            pause = min(pause * 2, 5.0)
+
+    def drop(self, claim: Claim, picture: Picture) -> None:
+        """Delete the object of a claim that was lost; nothing refers to it."""
+        log.info("job %s was given to another; its picture is dropped", claim.ref)
+        try:
+            self._blobs.delete([picture.object_key])
+        except EnvironmentFault as error:
+            log.warning("%s is left over: %s", picture.object_key, error.message)
+
+    def close(self) -> None:
+        """Finish what is under way; a store that is away is not waited for."""
+        self._closing.set()
+        self._pool.shutdown(wait=True)

@@ -1,0 +1,134 @@
+"""Writes what happened to jobs, in groups, from one thread; the engine never waits for SQL."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from sqlalchemy import Connection
+
+from farm.config import Settings
+from farm.errors import DatabaseUnavailable, FarmError, RenderFailed
+from farm.store import jobs
+from farm.store.db import Database
+from farm.store.ids import JobRef
+from farm.store.jobs import Claim, Picture
+from farm.verdict import give_back, settle_failure
+
+log = logging.getLogger(__name__)
+GROUP = 64  # records written at once, at most ...
+WAIT_S = 0.25  # ... or after so long
+MAX_BACKOFF_S = 5.0
+
+
+@dataclass
+class _Group:
+    started: list[Claim] = field(default_factory=list)
+    progress: dict[Claim, float] = field(default_factory=dict)
+    pictures: list[tuple[Claim, Picture]] = field(default_factory=list)
+    failures: list[tuple[Claim, FarmError]] = field(default_factory=list)
+    back: list[tuple[Claim, str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        parts = (self.started, self.progress, self.pictures, self.failures, self.back)
+        return sum(len(part) for part in parts)
+
+
+class Recorder:
+    """Collects records from any thread; `lost` is called with each picture whose claim was lost."""
+
+    def __init__(
+        self, db: Database, settings: Settings, lost: Callable[[Claim, Picture], None]
+    ) -> None:
+        self._db, self._settings, self._lost = db, settings, lost
+        self._changed = threading.Condition()
+        self._group = _Group()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+        self._thread.start()
+
+    def started(self, claims: list[Claim]) -> None:
+        self._add(lambda group: group.started.extend(claims))
+
+    def progress(self, claims: list[Claim], fraction: float) -> None:
+        self._add(lambda group: group.progress.update(dict.fromkeys(claims, fraction)))
+
+    def picture(self, claim: Claim, picture: Picture) -> None:
+        self._add(lambda group: group.pictures.append((claim, picture)))
+
+    def failure(self, claim: Claim, error: FarmError) -> None:
+        self._add(lambda group: group.failures.append((claim, error)))
+
+    def back(self, claim: Claim, why: str) -> None:
+        self._add(lambda group: group.back.append((claim, why)))
+
+    def _add(self, add: Callable[[_Group], None]) -> None:
+        with self._changed:
+            add(self._group)
+            self._changed.notify_all()
+
+    def close(self, timeout_s: float) -> bool:
+        """Record what is left and end; False if the database was away for all of `timeout_s`."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: len(self._group) or self._closing)
+                self._changed.wait_for(lambda: len(self._group) >= GROUP or self._closing, WAIT_S)
+                if self._closing and not len(self._group):
+                    return
+                group, self._group = self._group, _Group()
+            self._write(group)
+
+    def _write(self, group: _Group) -> None:
+        wait = 0.1
+        while True:
+            try:
+                with self._db.write() as connection:
+                    recorded = self._apply(connection, group)
+                break
+            except DatabaseUnavailable as error:
+                if wait >= MAX_BACKOFF_S:
+                    log.warning("%s; %d records wait for it", error.message, len(group))
+                wait = min(wait * 2, MAX_BACKOFF_S)
+                threading.Event().wait(wait)
+            except Exception:
+                log.exception("a group of %d records was refused; writing them singly", len(group))
+                self._write_singly(group)
+                return
+        for claim, picture in group.pictures:
+            if claim.ref not in recorded:
+                self._lost(claim, picture)
+
+    def _apply(self, connection: Connection, group: _Group) -> set[JobRef]:
+        jobs.mark_started(connection, group.started)
+        jobs.record_progress(connection, group.progress.items())
+        recorded = jobs.succeed(connection, group.pictures)
+        for claim, error in group.failures:
+            settle_failure(connection, claim, error, self._settings)
+        for claim, why in group.back:
+            give_back(connection, claim, why)
+        return recorded
+
+    def _write_singly(self, group: _Group) -> None:
+        """No record is lost to its neighbour's fault, and no job stays held by a live session."""
+        singles = [_Group(pictures=[one]) for one in group.pictures]
+        singles += [_Group(failures=[one]) for one in group.failures]
+        singles += [_Group(back=[one]) for one in group.back]
+        for single in singles:
+            claim = [*single.pictures, *single.failures, *single.back][0][0]
+            try:
+                with self._db.write() as connection:
+                    self._apply(connection, single)
+            except Exception as error:
+                log.exception("job %s could not be recorded", claim.ref)
+                what = RenderFailed(f"could not be recorded: {type(error).__name__}")
+                with self._db.write() as connection:
+                    settle_failure(connection, claim, what, self._settings)
