@@ -1,0 +1,245 @@
+"""The engine's own process, seen from the worker.
+
+Native code aborts, hangs and runs out of memory. It does so in a spawned child that loads the
+model once and stays; the worker sees an exception, and may start a new child. The other side of
+the pipe is `workers.child_main`. The worker itself never imports torch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+
+import numpy as np
+
+from farm.errors import EngineCrashed, EngineHung, InvalidParameter, by_code
+from farm.spec import JobSpec
+from workers import child_main
+from workers.engine import EngineConfig, EngineInfo
+from workers.messages import (
+    Broken,
+    Bundle,
+    Cancel,
+    Cap,
+    Close,
+    End,
+    Event,
+    Failed,
+    Fault,
+    Message,
+    Order,
+    Ready,
+    Rendered,
+    Shipped,
+    StopAfterCurrent,
+)
+
+LAST_WORDS = 6
+"""Lines of the log that come with the news of a child's death."""
+CLOSE_TIMEOUT_S = 5.0
+
+
+class Child:
+    """One engine process at a time. `render` and `start` belong to one thread at a time.
+
+    `log`: the file that takes the child's output, its last lines are the evidence of a crash.
+    The micro-batch cap learnt from a lack of memory is kept for the next child.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        load_timeout_s: float = 900.0,
+        step_timeout_s: float = 300.0,
+        log: Path | None = None,
+    ) -> None:
+        self._config = config
+        self._load_timeout_s, self._step_timeout_s, self._log = load_timeout_s, step_timeout_s, log
+        self._process: SpawnProcess | None = None
+        self._pipe: Connection | None = None
+        self._lifeline: Connection | None = None
+        self._sending = threading.Lock()
+        self._bundle = 0  # the latest; its orders carry this number
+        self._open = 0  # its jobs, 0 once it has ended
+        self._log_from = 0
+
+    # ------------------------------------------------------------ life and death
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.is_alive()
+
+    def start(self) -> EngineInfo:
+        """A new process with the model loaded; a process still there is killed first.
+
+        Raises ModelNotLoaded, InvalidConfig, EngineCrashed or EngineHung.
+        """
+        self._release()
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, theirs = spawn.Pipe()
+        their_line, self._lifeline = spawn.Pipe(duplex=False)
+        self._log_from = self._log.stat().st_size if self._log and self._log.exists() else 0
+        self._process = spawn.Process(
+            target=child_main.main,
+            args=(theirs, their_line, self._config, self._log),
+            name=f"engine-{self._config.engine}",
+            daemon=True,
+        )
+        atexit.register(self.kill)
+        self._process.start()
+        theirs.close()
+        their_line.close()
+        message = self._receive(self._load_timeout_s, "while it loaded the model")
+        if not isinstance(message, Ready):
+            raise AssertionError(f"expected Ready, got {message}")
+        return message.info
+
+    def kill(self) -> None:
+        """End the process at once; harmless when there is none. Safe from any thread."""
+        if self._process and self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def close(self) -> None:
+        """Let the engine release its model and end; killed if it has not after 5 s."""
+        self._send(Close())
+        if self._process:
+            self._process.join(CLOSE_TIMEOUT_S)
+        self._release()
+
+    def _release(self) -> None:
+        self.kill()
+        atexit.unregister(self.kill)
+        with self._sending:
+            for end in (self._pipe, self._lifeline):
+                if end:
+                    end.close()
+        self._process = self._pipe = self._lifeline = None
+        self._open = 0
+
+    # ------------------------------------------------------------------- rendering
+    def render(self, specs: Sequence[JobSpec]) -> Iterator[Event]:
+        """Render a bundle of one compatibility key; the ids in the events are its positions.
+
+        Each job ends in exactly one Rendered, Failed or GivenBack, unless the process dies: then
+        EngineCrashed or EngineHung is raised after the events that came before. If the events are
+        not read to their end, the jobs left are cancelled.
+        """
+        if len({spec.key for spec in specs}) > 1:
+            raise InvalidParameter("a bundle holds jobs of one compatibility key only")
+        self._abandon(self._bundle)
+        if not specs:
+            return iter(())
+        self._bundle += 1
+        self._open = len(specs)
+        self._send(Bundle(self._bundle, tuple(specs)))
+        return self._events(self._bundle)
+
+    def cancel(self, ids: Iterable[int]) -> None:
+        """Stop these jobs of the bundle under way between two steps. Safe from any thread."""
+        self._send(Cancel(self._bundle, frozenset(ids)))
+
+    def stop_after_current(self) -> None:
+        """Finish the micro-batch under way and give the rest back. Safe from any thread."""
+        self._send(StopAfterCurrent(self._bundle))
+
+    def _events(self, bundle: int) -> Iterator[Event]:
+        try:
+            while self._open:
+                message = self._receive(self._step_timeout_s, "during a render")
+                if isinstance(message, End):
+                    self._open = 0
+                    return
+                event = self._event(message)
+                if isinstance(event, Cap):
+                    self._config = replace(self._config, micro_batch=event.size)
+                yield event
+        finally:
+            self._abandon(bundle)
+
+    def _event(self, message: Message) -> Event:
+        if isinstance(message, Shipped):
+            assert self._pipe is not None
+            pixels = np.frombuffer(self._pipe.recv_bytes(), np.uint8).reshape(message.shape)
+            return Rendered(message.id, pixels, message.seconds, message.batch)
+        if isinstance(message, Fault):
+            return Failed(message.id, by_code(message.code, message.message))
+        assert not isinstance(message, Ready | Broken | End)
+        return message
+
+    def _abandon(self, bundle: int) -> None:
+        """Cancel what is left of a bundle whose events nobody reads, and wait for its end."""
+        if not self._open or bundle != self._bundle:
+            return
+        self._send(Cancel(bundle, frozenset(range(self._open))))
+        while not isinstance(
+            message := self._receive(self._step_timeout_s, "during a render"), End
+        ):
+            self._event(message)
+        self._open = 0
+
+    # -------------------------------------------------------------------- the pipe
+    def _send(self, order: Order) -> None:
+        """To the child, if it is there; its death is noticed by whoever reads."""
+        with self._sending:
+            if self._pipe is None or self._pipe.closed:
+                return
+            try:
+                self._pipe.send(order)
+            except OSError:
+                return
+
+    def _receive(self, timeout_s: float, when: str) -> Message:
+        process, pipe = self._process, self._pipe
+        if process is None or pipe is None:
+            raise EngineCrashed("the engine's process is not running")
+        try:
+            if not wait([pipe, process.sentinel], timeout_s):
+                self._release()
+                raise EngineHung(
+                    f"the engine (process {process.pid}) was silent for {timeout_s:g} s {when}"
+                )
+            if not pipe.poll():
+                raise EOFError
+            message: Message = pipe.recv()
+        except (EOFError, OSError):
+            process.join(1.0)
+            self._release()
+            raise self._crash(process.exitcode, when) from None
+        if isinstance(message, Broken):
+            self._release()
+            raise message.error()
+        return message
+
+    def _crash(self, code: int | None, when: str) -> EngineCrashed:
+        how = f"ended with status {code}"
+        if code is not None and code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
+        return EngineCrashed(f"the engine's process {how} {when}{self._last_words()}")
+
+    def _last_words(self) -> str:
+        if not self._log or not self._log.exists():
+            return ""
+        with self._log.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(self._log_from, size - 8192))
+            lines = [
+                line.strip()[:200] for line in file.read().decode(errors="replace").split("\n")
+            ]
+        lines = [line for line in lines if line]
+        fatal = [i for i, line in enumerate(lines) if line.startswith("Fatal Python error")]
+        if fatal:  # what native code said stands above Python's own report
+            lines = lines[: fatal[-1] + LAST_WORDS // 2]
+        return "; its last words: " + " | ".join(lines[-LAST_WORDS:]) if lines else ""

@@ -1,0 +1,292 @@
+"""The engine's own process, seen from inside: read orders in a thread, render in the main thread.
+
+It dies with its parent in every case. The reading thread ends it when the pipe breaks; should
+native code hold Python's lock then, the kernel does, by a signal that the closed lifeline raises.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import fcntl
+import gc
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from time import monotonic
+from typing import NoReturn
+
+import numpy as np
+
+from farm.errors import (
+    BadImage,
+    EngineFault,
+    FarmError,
+    InvalidConfig,
+    InvalidParameter,
+    JobCancelled,
+    ModelNotLoaded,
+    OutOfMemory,
+    RenderFailed,
+    by_code,
+)
+from farm.spec import JobSpec
+from workers.engine import Engine, EngineConfig, EngineInfo, Pixels, create
+from workers.messages import (
+    Broken,
+    Bundle,
+    Cancel,
+    Cap,
+    Close,
+    End,
+    Fault,
+    GivenBack,
+    Message,
+    Progress,
+    Ready,
+    Shipped,
+    Started,
+    StopAfterCurrent,
+)
+
+PROGRESS_PERIOD_S = 0.2
+GAVE_UP = 70
+"""Exit status after a Broken: the model did not load, or its device is unusable."""
+
+Outcome = Sequence[Pixels | FarmError] | FarmError
+
+
+def main(pipe: Connection, lifeline: Connection, config: EngineConfig, log: Path | None) -> None:
+    """The child's life: load, then bundle after bundle until told to close."""
+    _settle_in(lifeline, log)
+    inbox = Inbox(pipe)
+    threading.Thread(target=inbox.read, name="orders", daemon=True).start()
+    outbox = Outbox(pipe)
+    engine, info = _load(config, outbox)
+    outbox.send(Ready(info))
+    cap = info.micro_batch
+    while bundle := inbox.bundles.get():
+        cap = BundleRun(engine, cap, config.strict, inbox, outbox, bundle).run()
+        outbox.send(End(bundle.number))
+    engine.close()
+
+
+def _settle_in(lifeline: Connection, log: Path | None) -> None:
+    for interruption in (signal.SIGINT, signal.SIGTERM):  # meant for the worker, which decides
+        signal.signal(interruption, signal.SIG_IGN)
+    if log:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        for stream in (1, 2):
+            os.dup2(file, stream)
+    faulthandler.enable(all_threads=False)
+    if sys.platform == "linux":  # SIGIO ends a process, and a pipe raises it when it is closed
+        fcntl.fcntl(lifeline.fileno(), fcntl.F_SETOWN, os.getpid())
+        flags = fcntl.fcntl(lifeline.fileno(), fcntl.F_GETFL)
+        fcntl.fcntl(lifeline.fileno(), fcntl.F_SETFL, flags | os.O_ASYNC)
+
+
+def _load(config: EngineConfig, outbox: Outbox) -> tuple[Engine, EngineInfo]:
+    """The engine, loaded; a failure is sent, and ends the process."""
+    try:
+        engine = create(config)
+        return engine, engine.load()
+    except (ModelNotLoaded, InvalidConfig) as error:
+        failure: FarmError = error
+    except Exception as error:
+        traceback.print_exc()
+        failure = ModelNotLoaded(f"model {config.model}: {_said(error)}")
+    outbox.give_up(failure)
+
+
+def _said(error: BaseException) -> str:
+    """The type and the first line of an exception."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:500]}" if lines else type(error).__name__
+
+
+class Outbox:
+    """What goes to the parent; there is nothing left to do when it cannot be reached."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+
+    def send(self, message: Message, pixels: Pixels | None = None) -> None:
+        try:
+            self._pipe.send(message)
+            if pixels is not None:
+                self._pipe.send_bytes(np.ascontiguousarray(pixels).data.cast("B"))
+        except OSError:
+            os._exit(0)
+
+    def give_up(self, failure: FarmError) -> NoReturn:
+        """Say why, and end the process."""
+        self.send(Broken(failure.code, failure.message))
+        os._exit(GAVE_UP)
+
+
+class Inbox:
+    """The orders, as the reading thread found them; None in `bundles` means to close."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self.bundles: queue.SimpleQueue[Bundle | None] = queue.SimpleQueue()
+        self._cancelled: dict[int, frozenset[int]] = {}
+        self._stopped = 0
+
+    def read(self) -> None:
+        while True:
+            try:
+                order = self._pipe.recv()
+            except (EOFError, OSError):
+                os._exit(0)  # the parent is gone
+            if isinstance(order, Bundle):
+                self.bundles.put(order)
+            elif isinstance(order, Cancel):
+                before = self._cancelled.get(order.bundle, frozenset())
+                self._cancelled = {order.bundle: before | order.ids}
+            elif isinstance(order, StopAfterCurrent):
+                self._stopped = order.bundle
+            elif isinstance(order, Close):
+                self.bundles.put(None)
+
+    def cancelled(self, bundle: int) -> frozenset[int]:
+        return self._cancelled.get(bundle, frozenset())
+
+    def stopped(self, bundle: int) -> bool:
+        return self._stopped >= bundle
+
+
+class BundleRun:
+    """One bundle: micro-batch after micro-batch, each job to its one end."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        cap: int,
+        strict: bool,
+        inbox: Inbox,
+        outbox: Outbox,
+        bundle: Bundle,
+    ) -> None:
+        self._engine, self._cap, self._strict = engine, cap, strict
+        self._inbox, self._outbox, self._bundle = inbox, outbox, bundle
+        self._waiting = deque(range(len(bundle.specs)))
+        self._alone: set[int] = set()  # one of these spoilt a micro-batch
+        self._ids: tuple[int, ...] = ()  # the micro-batch under way
+        self._reported = 0.0
+
+    def run(self) -> int:
+        """Returns the cap, smaller than before if the memory did not suffice."""
+        while self._waiting:
+            if self._inbox.stopped(self._bundle.number):
+                for job in self._waiting:
+                    self._outbox.send(GivenBack(job))
+                break
+            if ids := self._next_ids():
+                self._micro_batch(ids)
+        return self._cap
+
+    def step(self, done: int, total: int) -> None:
+        """Watch.step of the micro-batch under way."""
+        if self._cancelled().issuperset(self._ids):
+            raise JobCancelled
+        if (now := monotonic()) - self._reported >= PROGRESS_PERIOD_S:
+            self._reported = now
+            self._outbox.send(Progress(self._ids, min(1.0, done / max(1, total))))
+
+    def _cancelled(self) -> frozenset[int]:
+        return self._inbox.cancelled(self._bundle.number)
+
+    def _next_ids(self) -> tuple[int, ...]:
+        """The next jobs to share a micro-batch; those cancelled meanwhile end here."""
+        ids: list[int] = []
+        while self._waiting and len(ids) < self._cap:
+            job = self._waiting[0]
+            if ids and (job in self._alone or ids[0] in self._alone):
+                break
+            self._waiting.popleft()
+            if job in self._cancelled():
+                self._fail(job, JobCancelled())
+            else:
+                ids.append(job)
+        return tuple(ids)
+
+    def _micro_batch(self, ids: tuple[int, ...]) -> None:
+        self._ids, self._reported = ids, 0.0
+        self._outbox.send(Started(ids))
+        specs = [self._bundle.specs[job] for job in ids]
+        if self._strict:
+            specs += specs[-1:] * (self._cap - len(specs))
+        begun = monotonic()
+        outcome = self._attempt(specs)
+        seconds = (monotonic() - begun) / len(ids)
+        if isinstance(outcome, FarmError):
+            self._spoilt(ids, outcome)
+            return
+        for job, result in zip(ids, outcome, strict=False):
+            self._settle(job, result, seconds, len(specs))
+
+    def _attempt(self, specs: Sequence[JobSpec]) -> Outcome:
+        """The engine's answer. An exception ends here, with all that its frames held."""
+        try:
+            outcome = self._engine.render(specs, self)
+            if len(outcome) != len(specs):
+                raise RuntimeError(f"{len(outcome)} pictures for {len(specs)} jobs")
+            return outcome
+        except OutOfMemory as error:
+            return OutOfMemory(error.message)
+        except MemoryError as error:
+            return OutOfMemory(_said(error))
+        except EngineFault as error:
+            self._outbox.give_up(error)
+        except FarmError as error:
+            return by_code(error.code, error.message)
+        except Exception as error:
+            traceback.print_exc()
+            return RenderFailed(_said(error))
+
+    def _spoilt(self, ids: tuple[int, ...], error: FarmError) -> None:
+        """Not one picture came: try again in smaller parts, or name the error."""
+        gc.collect()
+        room = isinstance(error, OutOfMemory) and self._cap > 1 and (self._strict or len(ids) > 1)
+        if room:
+            self._cap = max(1, (self._cap if self._strict else len(ids)) // 2)
+            self._outbox.send(Cap(self._cap))
+        elif len(ids) > 1 and not isinstance(error, JobCancelled):
+            self._alone.update(ids)
+        else:
+            for job in ids:
+                self._fail(job, error)
+            return
+        self._waiting.extendleft(reversed(ids))
+
+    def _settle(self, job: int, result: Pixels | FarmError, seconds: float, batch: int) -> None:
+        if job in self._cancelled():
+            result = JobCancelled()
+        elif not isinstance(result, FarmError):
+            result = _checked(result, self._bundle.specs[job])
+        if isinstance(result, FarmError):
+            self._fail(job, result)
+            return
+        height, width, colours = result.shape
+        self._outbox.send(Shipped(job, seconds, batch, (height, width, colours)), result)
+
+    def _fail(self, job: int, error: FarmError) -> None:
+        self._outbox.send(Fault(job, error.code, error.message))
+
+
+def _checked(pixels: Pixels, spec: JobSpec) -> Pixels | FarmError:
+    if pixels.shape != (spec.height, spec.width, 3) or pixels.dtype != np.uint8:
+        height, width = pixels.shape[:2]
+        return InvalidParameter(
+            f"size {spec.width}x{spec.height}: the model gives {width}x{height} instead"
+        )
+    if pixels.min() == pixels.max():
+        return BadImage(f"all pixels have the same value, {pixels.min()}")
+    return pixels
