@@ -187,14 +187,14 @@ def exam(count: int, seed: int = 7, *, words: bool = False) -> list[Scene]:
 
 def render(
     folder: Path,
-    scenes: Sequence[Scene],
+    prompts: Sequence[str],
     *,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
     batch: int = 16,
     seed: int = 1000,
 ) -> list[Bytes]:
-    """One picture of each scene, picture i with seed `seed + i`, by the model in the folder."""
+    """One picture of each prompt, picture i with seed `seed + i`, by the model in the folder."""
     import torch
     from diffusers import StableDiffusionPipeline
 
@@ -203,11 +203,11 @@ def render(
     )
     pipeline.set_progress_bar_config(disable=True)
     pictures: list[Bytes] = []
-    for start in range(0, len(scenes), batch):
-        prompts = [scene.prompt() for scene in scenes[start : start + batch]]
-        noise = [torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(prompts))]
+    for start in range(0, len(prompts), batch):
+        some = list(prompts[start : start + batch])
+        noise = [torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(some))]
         out = pipeline(
-            prompt=prompts,
+            prompt=some,
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=noise,
@@ -260,19 +260,20 @@ def sheet(pictures: Sequence[Bytes], columns: int = 12, scale: int = 2) -> Image
 
 
 def _report(title: str, scenes: Sequence[Scene], readings: Sequence[Reading]) -> None:
-    """Print the score of one part of an exam and what went wrong in it."""
+    """Print the score of one part of an exam and the first few that went wrong in it."""
     if not scenes:
         return
     print(f"{title}: {score(scenes, readings)}")
+    shown = 0
     for scene, reading in zip(scenes, readings, strict=True):
         whole = reading.shows(scene) and (reading.size, reading.place) == (scene.size, scene.place)
-        if not whole:
+        if not whole and (shown := shown + 1) <= 12:
             saw = f"{reading.size} {reading.colour} {reading.shape} on {reading.background}"
             print(f"  {scene.prompt()!r}: {saw} {reading.place}, overlap {reading.fit:.2f}")
 
 
-def main() -> None:
-    """Read the command line, render, print."""
+def _options() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Score a demo model.")
     parser.add_argument("model", type=Path, help="a StableDiffusionPipeline directory")
     parser.add_argument("--n", type=int, default=384, help="plain prompts, held-out triples first")
@@ -281,22 +282,32 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sheet", type=Path, help="write the first 96 pictures here as PNG")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Render an exam with a model and print how it did."""
+    import torch
+
+    args = _options()
+    torch.set_num_threads(args.threads)
     scenes = exam(args.n) + exam(args.words, seed=8, words=True)
+    prompts = [scene.prompt() for scene in scenes]
+    settings = {k: getattr(args, k) for k in ("steps", "guidance", "batch", "seed")}
     start = time.process_time()
-    pictures = render(args.model, scenes, steps=args.steps, guidance=args.guidance,
-                      batch=args.batch, seed=args.seed)  # fmt: skip
+    pictures = render(args.model, prompts, **settings)
     spent = (time.process_time() - start) / len(scenes)
     readings = [read(picture) for picture in pictures]
-    print(f"steps {args.steps}, guidance {args.guidance}: {spent:.3f} CPU s a picture")
-    kept = [held_out(s.colour, s.shape, s.background) for s in scenes]
-    plain = [not (s.size or s.place) for s in scenes]
-    for title, want in (("held out", (True, True)), ("seen", (False, True))):
-        rows = [i for i in range(len(scenes)) if (kept[i], plain[i]) == want]
+    print(f"{settings}: {spent:.3f} CPU s a picture")
+    parts: dict[str, list[int]] = {"held out": [], "seen": [], "size and place": []}
+    for row, scene in enumerate(scenes):
+        kept = held_out(scene.colour, scene.shape, scene.background)
+        worded = scene.size or scene.place
+        parts["size and place" if worded else "held out" if kept else "seen"].append(row)
+    for title, rows in parts.items():
         _report(title, [scenes[i] for i in rows], [readings[i] for i in rows])
-    rows = [i for i in range(len(scenes)) if not plain[i]]
-    _report("size and place", [scenes[i] for i in rows], [readings[i] for i in rows])
     if args.sheet:
         sheet(pictures[:96]).save(args.sheet)
 

@@ -9,7 +9,7 @@ training starts, and the decoder and the UNet can be trained side by side.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from workers.demo.shapes import RES, WORDS
+from workers.demo.shapes import ALIASES, RES, WORDS
 
 PATCH = 4
 """Pixels of a picture's side to one latent pixel."""
@@ -100,6 +100,26 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         pad_token_id=tokenizer.pad_token_id,
     )
     return CLIPTextModel(config)
+
+
+@torch.no_grad()
+def add_aliases(
+    tokenizer: CLIPTokenizer, text: CLIPTextModel, aliases: Mapping[str, str] = ALIASES
+) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """Tokenizer and text encoder that know further words, each by the embedding of a known one."""
+    wider = build_tokenizer([*WORDS, *aliases])
+    wider_text = build_text_encoder(wider)
+    weights: dict[str, Tensor] = dict(text.state_dict())
+    name = next(key for key in weights if key.endswith("token_embedding.weight"))
+    old, known = weights[name], tokenizer.get_vocab()
+    new = old.mean(0).repeat(len(wider), 1)
+    for token, number in wider.get_vocab().items():
+        word = token.removesuffix("</w>")
+        source = aliases[word] + "</w>" if word != token and word in aliases else token
+        if source in known:
+            new[number] = old[known[source]]
+    wider_text.load_state_dict({**weights, name: new})
+    return wider, wider_text
 
 
 def build_unet() -> UNet2DConditionModel:

@@ -75,6 +75,9 @@ WORDS = (
 )
 """Every word that the captions use; each is one token of the model's tokenizer."""
 
+ALIASES = {"an": "a", "grey": "gray", "big": "large", "little": "small"}
+"""Words that no caption uses; the finished model takes each for the word it stands for."""
+
 SIZE_JITTER = 0.06
 """Largest relative deviation of a radius from its nominal value."""
 PLACE_JITTER = 0.06

@@ -253,7 +253,8 @@ def assemble(args: argparse.Namespace) -> None:
     network.set_encoder(vae, *projection(args.seed))
     denoiser = Denoiser()
     Trainer("unet", denoiser, args, rate=0.0).use_average()
-    network.save_pipeline(Path(args.out), vae, denoiser.text, denoiser.unet, denoiser.tokenizer)
+    tokenizer, text = network.add_aliases(denoiser.tokenizer, denoiser.text)
+    network.save_pipeline(Path(args.out), vae, text, denoiser.unet, tokenizer)
     log("saved", args.out)
 
 
