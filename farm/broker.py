@@ -39,7 +39,6 @@ def make_app(url: str) -> Celery:
         task_ignore_result=True,
         task_store_errors_even_if_ignored=False,
         worker_prefetch_multiplier=1,
-        worker_disable_prefetch=True,
         worker_send_task_events=False,
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,

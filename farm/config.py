@@ -115,7 +115,7 @@ class Settings(BaseSettings):
     @property
     def blobs(self) -> str:
         """Blob store URL."""
-        return self.blobs_url or f"file://{self.home.resolve() / 'blobs'}"
+        return self.blobs_url or (self.home.resolve() / "blobs").as_uri()
 
     @property
     def catalog_path(self) -> Path | None:

@@ -56,6 +56,7 @@ def _serve(args: argparse.Namespace, engine_log: Path) -> int:
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
+    logging.getLogger("celery").setLevel(max(logging.WARNING, logging.root.level))
     lane = Lane(args.model, args.engine)
     config = EngineConfig(
         engine=lane.engine,
@@ -114,6 +115,7 @@ def _consume(broker: Broker, lane: Lane, runner: Runner) -> int:
         loglevel="WARNING",
         without_gossip=True,
         without_mingle=True,
+        quiet=True,
         optimization="fair",
     )
     runner.ring()
