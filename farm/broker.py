@@ -94,6 +94,16 @@ class Broker:
         name = info.get("server_name", "redis")
         return f"{name} {info.get(f'{name}_version', info.get('redis_version'))}"
 
+    def config(self, *names: str) -> dict[str, str]:
+        """The server's settings of these names; those that it does not tell are left out."""
+        try:
+            with self.app.connection_for_read() as connection:
+                return dict(_redis(connection).config_get(*names))
+        except redis.exceptions.ResponseError:  # managed servers refuse CONFIG
+            return {}
+        except _AWAY as error:
+            raise self._away(error) from error
+
     def _away(self, error: Exception) -> BrokerUnavailable:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         return BrokerUnavailable(f"{self.shown} does not answer: {why}")

@@ -222,6 +222,18 @@ class Farm:
                 raise TimeoutError(f"batch {batch_id} has {status.open} jobs to go")
         raise AssertionError("watch ends with a finished batch")
 
+    def failures(self, batch_id: str) -> dict[str, int]:
+        """The batch's failed jobs by error code, the most frequent first."""
+        with self.db.read() as connection:
+            return reads.failures(connection, batch_id)
+
+    def unserved(self) -> dict[str, int]:
+        """Queued jobs of each model that no live worker serves now."""
+        with self.db.read() as connection:
+            served = {lane.model for lane in sessions.live_lanes(connection)}
+            waiting = batches.backlog(connection)
+        return {model: n for model, n in waiting.items() if model not in served}
+
     def workers(self) -> list[Worker]:
         with self.db.read() as connection:
             return sessions.live(connection)

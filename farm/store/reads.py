@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, select
+from sqlalchemy import Connection, Row, func, select
 
 from farm.errors import NotFound
 from farm.store.ids import JobRef
@@ -104,3 +104,15 @@ def history(connection: Connection, ref: JobRef) -> list[dict[str, Any]]:
     query = select(events).where(events.c.batch_id == ref.batch_id, events.c.idx == ref.idx)
     rows = connection.execute(query.order_by(events.c.id))
     return [dict(row._mapping) for row in rows]
+
+
+def failures(connection: Connection, batch_id: str) -> dict[str, int]:
+    """The batch's failed jobs by error code, the most frequent first."""
+    n = func.count()
+    query = (
+        select(jobs.c.error_code, n)
+        .where(jobs.c.batch_id == batch_id, jobs.c.state == "failed")
+        .group_by(jobs.c.error_code)
+        .order_by(n.desc(), jobs.c.error_code)
+    )
+    return {row[0]: row[1] for row in connection.execute(query)}

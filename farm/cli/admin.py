@@ -1,0 +1,223 @@
+"""Keeping the farm: `farm models`, `doctor`, `config`, `db`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from farm.cli.context import Json, examples, options, settings
+from farm.cli.output import (
+    console,
+    hint,
+    note,
+    print_fields,
+    print_json,
+    print_line,
+    print_table,
+    short,
+)
+
+if TYPE_CHECKING:
+    from farm.catalog import ModelEntry
+
+_PANEL = "The farm"
+models = typer.Typer(rich_markup_mode="rich")
+config = typer.Typer(rich_markup_mode="rich", no_args_is_help=True)
+db = typer.Typer(rich_markup_mode="rich", no_args_is_help=True)
+
+
+@models.callback(invoke_without_command=True)
+def _models(ctx: typer.Context, as_json: Json = False) -> None:
+    """Show the models that jobs may name; `farm models show NAME` tells all of one."""
+    if ctx.invoked_subcommand is None:
+        _list_models(as_json)
+
+
+@models.command("list", epilog=examples("farm models list", "farm models list --json"))
+def list_models(as_json: Json = False) -> None:
+    """List the model catalogue."""
+    _list_models(as_json)
+
+
+def _list_models(as_json: bool) -> None:
+    found = _catalog()
+    if as_json:
+        print_json([{"name": name, **entry.model_dump(mode="json")} for name, entry in found])
+        return
+    rows = [
+        (
+            name,
+            ", ".join(entry.engines),
+            f"{entry.defaults.width}x{entry.defaults.height}",
+            entry.defaults.steps,
+            entry.licence,
+            short(entry.description),
+        )
+        for name, entry in found
+    ]
+    print_table(("model", "engines", "size", "steps", "licence", "description"), rows)
+
+
+def _catalog() -> list[tuple[str, ModelEntry]]:
+    from farm.catalog import load_catalog
+
+    return sorted(load_catalog(settings().catalog_path).models.items())
+
+
+@models.command("show", epilog=examples("farm models show shapes"))
+def show_model(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The model's name.")],
+    as_json: Json = False,
+) -> None:
+    """Show one model: licence, defaults, limits, and where each engine finds its weights."""
+    from farm.catalog import load_catalog
+
+    entry = load_catalog(settings().catalog_path).get(name)
+    whole = {"name": name, **entry.model_dump(mode="json", exclude_none=True)}
+    if as_json:
+        print_json(whole)
+        return
+    print_fields(_flat(whole))
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested mappings as dotted names."""
+    if not isinstance(value, dict):
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+        return [(prefix, shown)]
+    return [
+        pair
+        for key, item in value.items()
+        for pair in _flat(item, f"{prefix}.{key}" if prefix else key)
+    ]
+
+
+def doctor(as_json: Json = False) -> None:
+    """Check that all the farm needs is there, and say how to mend what is not.
+
+    Exits with 1 if a check fails; warnings are no failure.
+    """
+    from farm.doctor import examine
+
+    checks = examine(home=options.home)
+    bad = [check for check in checks if check.verdict == "fail"]
+    if as_json:
+        print_json({"ok": not bad, "checks": [check.as_dict() for check in checks]})
+    else:
+        for check in checks:
+            _show_check(check)
+        warned = sum(check.verdict == "warn" for check in checks)
+        note(f"{len(checks) - len(bad) - warned} ok, {warned} to look at, {len(bad)} failed")
+    if bad:
+        raise typer.Exit(1)
+
+
+def _show_check(check: Any) -> None:
+    from rich.text import Text
+
+    colour = {"ok": "green", "warn": "yellow", "fail": "bold red"}[check.verdict]
+    text = Text.assemble(
+        (f"{check.verdict:<4}", colour), f"  {check.name}: {short(check.message, 1000)}"
+    )
+    console(sys.stdout).print(text, soft_wrap=True)
+    if check.mend:
+        console(sys.stdout).print(Text(f"      {short(check.mend, 1000)}", "dim"), soft_wrap=True)
+
+
+@config.command("show", epilog=examples("farm config show", "farm config show --json"))
+def show_config(as_json: Json = False) -> None:
+    """Show every setting in force, its FARM_* name, and whether it was set; secrets redacted."""
+    from farm.config import redact
+
+    conf = settings()
+    values = conf.shown()
+    values["database_url"] = values["database_url"] or redact(conf.database)
+    values["broker_url"] = values["broker_url"] or redact(conf.broker)
+    values["blobs_url"] = values["blobs_url"] or redact(conf.blobs)
+    values["models_file"] = values["models_file"] or (conf.catalog_path and str(conf.catalog_path))
+    env = {name: f"FARM_{name.upper()}" for name in values}
+    given = conf.model_fields_set
+    if as_json:
+        print_json(
+            {
+                name: {"value": value, "env": env[name], "set": name in given}
+                for name, value in values.items()
+            }
+        )
+        return
+    rows = [
+        (
+            env[name],
+            str(value) if value is not None else None,
+            "set" if name in given else "default",
+        )
+        for name, value in values.items()
+    ]
+    print_table(("setting", "value", "from"), rows)
+    hint("in farm.toml the names are lower case, without FARM_")
+
+
+@config.callback()
+def _config() -> None:
+    """Look at the settings."""
+
+
+@db.callback()
+def _db() -> None:
+    """Create, upgrade or look at the database's schema."""
+
+
+@db.command("upgrade", epilog=examples("farm db upgrade"))
+def upgrade(as_json: Json = False) -> None:
+    """Create the schema, or bring it to this version's; run it before the workers start."""
+    from farm.service import Farm
+    from farm.store import schema
+
+    with Farm(settings()) as farm:
+        before = schema.current(farm.db)
+        schema.upgrade(farm.db)
+        after = schema.current(farm.db)
+        if as_json:
+            print_json({"before": before, "current": after})
+        elif before == after:
+            note(f"{farm.db.shown} is at {after} already")
+        else:
+            note(f"{farm.db.shown} is at {after} now (was: {before or 'empty'})")
+
+
+@db.command("current", epilog=examples("farm db current"))
+def current(as_json: Json = False) -> None:
+    """Show the schema's revision; exits with 1 if it is not this version's."""
+    from farm.service import Farm
+    from farm.store import schema
+
+    with Farm(settings()) as farm:
+        found, head = schema.current(farm.db), schema.head()
+    if as_json:
+        print_json({"current": found, "head": head})
+    else:
+        print_line(found or "empty")
+    if found != head:
+        hint(f"this version needs {head}: farm db upgrade")
+        raise typer.Exit(1)
+
+
+def register(app: typer.Typer) -> None:
+    """Put the commands on the app."""
+    app.add_typer(
+        models,
+        name="models",
+        epilog=examples("farm models", "farm models show shapes"),
+        rich_help_panel=_PANEL,
+    )
+    app.command(epilog=examples("farm doctor", "farm doctor --json"), rich_help_panel=_PANEL)(
+        doctor
+    )
+    app.add_typer(
+        config, name="config", epilog=examples("farm config show"), rich_help_panel=_PANEL
+    )
+    app.add_typer(
+        db, name="db", epilog=examples("farm db upgrade", "farm db current"), rich_help_panel=_PANEL
+    )

