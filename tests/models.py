@@ -1,0 +1,244 @@
+"""Tiny random pipelines of the real families, built offline: 1 to 4 MB, 64x64 in 0.1 s.
+
+Nothing is downloaded: tokenizers are byte-level vocabularies, weights come from a fixed seed, and
+save_pretrained writes the directory that DiffusionPipeline.from_pretrained loads.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+WORDS = ("a", "the", "of", "on", "photo", "red", "blue", "green", "cat", "dog")
+
+
+def build(family: str, out: Path) -> Path:
+    """Write the pipeline of a family (a key of FAMILIES) to the directory `out`, and return it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        FAMILIES[family]().save_pretrained(out, safe_serialization=True)
+    return out
+
+
+@functools.cache
+def tiny(family: str) -> Path:
+    """The pipeline of a family, built once a process; to be read, not changed."""
+    return build(family, _home() / family)
+
+
+@functools.cache
+def _home() -> Path:
+    home = Path(tempfile.mkdtemp(prefix="tiny-models-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    return home
+
+
+# ------------------------------------------------------------------------ tokenizers
+def _byte_characters() -> list[str]:
+    """The 256 printable stand-ins for bytes of the GPT-2 and CLIP tokenizers."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    spare = iter(range(256, 512))
+    return [chr(byte) if byte in plain else chr(next(spare)) for byte in range(256)]
+
+
+def clip_tokenizer(pad: str = "<|endoftext|>") -> Any:
+    """All bytes, and each of WORDS as one token."""
+    characters = _byte_characters()
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:  # from the right end, so that no merge spoils another
+            merges.append((parts[-2], parts[-1]))
+            parts[-2:] = ["".join(parts[-2:])]
+    merges = list(dict.fromkeys(merges))
+    tokens = [*characters, *(c + "</w>" for c in characters), *map("".join, merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>", pad]
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    return transformers.CLIPTokenizer(
+        vocab=vocabulary, merges=merges, model_max_length=77, pad_token=pad
+    )
+
+
+def t5_tokenizer() -> Any:
+    """One token a printable character."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    pieces += [(chr(code), -3.0) for code in range(33, 127)]
+    return transformers.T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=64)
+
+
+# ------------------------------------------------------------------------ components
+def clip_text(tokenizer: Any, name: str = "CLIPTextModel") -> Any:
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        projection_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return getattr(transformers, name)(config)
+
+
+def t5_text(tokenizer: Any) -> Any:
+    config = transformers.T5Config(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
+    )
+    return transformers.T5EncoderModel(config)
+
+
+def vae(channels: int, **differences: Any) -> Any:
+    """Eight pixels to one latent pixel, as in the published models."""
+    return diffusers.AutoencoderKL(
+        latent_channels=channels,
+        sample_size=64,
+        block_out_channels=(16, 16, 32, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        **differences,
+    )
+
+
+def unet(**differences: Any) -> Any:
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        norm_num_groups=16,
+        **differences,
+    )
+
+
+NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+# -------------------------------------------------------------------------- families
+def sd15(**extra: Any) -> Any:
+    """The layout of Stable Diffusion 1.5, without its safety checker."""
+    tokenizer = clip_tokenizer()
+    parts = {"safety_checker": None, "feature_extractor": None, **extra}
+    return diffusers.StableDiffusionPipeline(
+        vae=vae(4),
+        text_encoder=clip_text(tokenizer),
+        tokenizer=tokenizer,
+        unet=unet(
+            cross_attention_dim=32,
+            attention_head_dim=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        ),
+        scheduler=diffusers.DDIMScheduler(
+            **NOISE, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        ),
+        requires_safety_checker=parts["safety_checker"] is not None,
+        **parts,
+    )
+
+
+def sd15_refusing() -> Any:
+    """sd15 with a safety checker that refuses every picture."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+    layers = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "projection_dim": 32,
+    }
+    config = transformers.CLIPConfig(
+        vision_config={**layers, "image_size": 32, "patch_size": 8},
+        text_config={**layers, "vocab_size": 8, "bos_token_id": 0, "eos_token_id": 1},
+        projection_dim=32,
+    )
+    checker = StableDiffusionSafetyChecker(config)
+    with torch.no_grad():
+        checker.concept_embeds_weights.fill_(-2.0)
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    return sd15(safety_checker=checker, feature_extractor=transformers.CLIPImageProcessor(**sizes))
+
+
+def sdxl() -> Any:
+    """The layout of Stable Diffusion XL: two text encoders, size conditioning."""
+    first, second = clip_tokenizer(), clip_tokenizer(pad="!")
+    return diffusers.StableDiffusionXLPipeline(
+        vae=vae(4, scaling_factor=0.13025),
+        text_encoder=clip_text(first),
+        text_encoder_2=clip_text(second, "CLIPTextModelWithProjection"),
+        tokenizer=first,
+        tokenizer_2=second,
+        unet=unet(
+            cross_attention_dim=64,
+            attention_head_dim=(2, 4),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=32 + 6 * 8,
+        ),
+        scheduler=diffusers.EulerDiscreteScheduler(
+            **NOISE, steps_offset=1, timestep_spacing="leading"
+        ),
+        add_watermarker=False,
+    )
+
+
+def flux() -> Any:
+    """The layout of FLUX.1-schnell: a transformer, CLIP and T5, flow matching."""
+    first, second = clip_tokenizer(), t5_tokenizer()
+    return diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae(
+            16,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        text_encoder=clip_text(first),
+        tokenizer=first,
+        text_encoder_2=t5_text(second),
+        tokenizer_2=second,
+        transformer=diffusers.FluxTransformer2DModel(
+            in_channels=64,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            axes_dims_rope=(4, 4, 8),
+        ),
+    )
+
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "sd15": sd15,
+    "sd15_refusing": sd15_refusing,
+    "sdxl": sdxl,
+    "flux": flux,
+}
