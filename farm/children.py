@@ -20,6 +20,8 @@ from farm.catalog import Lane
 from farm.config import Settings
 
 _LOG_LINES = 12
+_MAX_LOG = 8 * 2**20  # bytes; a longer log is put aside when its process starts
+_EMBEDDED = ("database_url", "broker_url", "blobs_url")  # an empty one overrules farm.toml
 
 # Between fork and the real program: Linux shall kill it when its parent dies, however that dies.
 # argv: parent's pid, signal, program, its arguments.
@@ -66,19 +68,19 @@ def child_environment(settings: Settings) -> dict[str, str]:
     env = dict(os.environ)
     for name in settings.model_fields_set | {"home"}:
         value = getattr(settings, name)
-        if value is None:
+        if value is None and name not in _EMBEDDED:
             env.pop(f"FARM_{name.upper()}", None)
             continue
         if isinstance(value, SecretStr):
             value = value.get_secret_value()
         if isinstance(value, Path):
             value = value.resolve()
-        env[f"FARM_{name.upper()}"] = value if isinstance(value, str) else _plain(value)
+        env[f"FARM_{name.upper()}"] = "" if value is None else _plain(value)
     return env
 
 
 def _plain(value: object) -> str:
-    return str(value) if isinstance(value, Path) else json.dumps(value)
+    return str(value) if isinstance(value, str | Path) else json.dumps(value)
 
 
 @dataclass
@@ -101,7 +103,11 @@ class Child:
         return self.process is not None and self.process.poll() is None
 
     def start(self, env: dict[str, str]) -> None:
-        self.log_start = self.log.stat().st_size if self.log.exists() else 0
+        size = self.log.stat().st_size if self.log.exists() else 0
+        if size > _MAX_LOG:
+            self.log.replace(f"{self.log}.1")
+            size = 0
+        self.log_start = size
         self.born = time.monotonic()
         self.process = spawn(self.argv, self.log, env=env)
 

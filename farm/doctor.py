@@ -100,7 +100,7 @@ def _disk(settings: Settings) -> Iterator[Check]:
 
 
 def _server(settings: Settings) -> Iterator[Check]:
-    if settings.broker_url is not None:
+    if settings.broker_url:
         return
     program = local_broker.find_program()
     if program is not None:
@@ -169,7 +169,7 @@ def _schema(farm: Farm) -> Check:
 
 def _broker(farm: Farm) -> list[Check]:
     found: list[Check] = []
-    embedded = farm.settings.broker_url is None
+    embedded = not farm.settings.broker_url
     if embedded and not farm.settings.broker_socket.exists():
         return [Check("broker", "warn", "the embedded one is not running", "start it: farm up")]
     with _caught("broker", "farm up" if embedded else "start it, or set FARM_BROKER_URL", found):

@@ -79,8 +79,8 @@ class EmbeddedFarm:
 
     # ---- from outside
 
-    def start(self) -> None:
-        """Bring all up, and wait until each worker has its model loaded.
+    def start(self) -> bool:
+        """Bring all up, and wait until each worker has its model loaded; False: halted before.
 
         Raises FarmError when something cannot start, or another farm runs in this home; then
         everything is stopped again.
@@ -96,6 +96,7 @@ class EmbeddedFarm:
                 self.stop()
         if self.failure is not None:
             raise self.failure
+        return self._ready.is_set()
 
     def run(self) -> None:
         """Wait until `halt` was called and all has stopped, or nothing is left to supervise."""
@@ -160,7 +161,7 @@ class EmbeddedFarm:
         self._farm.check_schema()
         self._env = child_environment(self.settings)
         python = [sys.executable, "-m"]
-        if self.settings.broker_url is None:
+        if not self.settings.broker_url:
             self._start_broker()
         self._group.dispatcher = self._child("dispatcher", [*python, "farm", "dispatcher"])
         self._group.dispatcher.start(self._env)

@@ -53,7 +53,7 @@ def _list_models(as_json: bool) -> None:
             f"{entry.defaults.width}x{entry.defaults.height}",
             entry.defaults.steps,
             entry.licence,
-            short(entry.description),
+            entry.description,
         )
         for name, entry in found
     ]

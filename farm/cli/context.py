@@ -47,6 +47,8 @@ def set_logging(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_LogLine())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    if level != "debug":
+        logging.getLogger("alembic").setLevel("WARNING")
 
 
 class _LogLine(logging.Formatter):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from farm.service import Farm
     from farm.store.batches import BatchStatus
 
-POLL_S = 0.5
+POLL_S = 0.25
 AWAY_S = 2.0
 _WINDOW_S = 60.0
 

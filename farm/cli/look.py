@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -55,7 +56,7 @@ def _show_recent(farm: Farm, limit: int, as_json: bool) -> None:
     if not recent:
         hint('no batch yet; submit one: farm submit "a red circle on a blue background"')
         return
-    columns = ("batch", "name", "owner", "state", "jobs", "done", "failed", "rate", "to go", "made")
+    columns = ("batch", "name", "owner", "state", "jobs", "done", "failed", "to go", "age")
     print_table(columns, [_recent_row(batch) for batch in recent])
     tell_unserved(farm)
 
@@ -79,9 +80,8 @@ def _recent_row(batch: BatchStatus) -> tuple[str | int | None, ...]:
         batch.total,
         batch.total - batch.open if batch.ready else 0,
         batch.counts["failed"] or None,
-        pace(batch.rate) if not batch.done else None,
         duration(batch.eta_s) if batch.open else None,
-        moment(batch.created_at),
+        duration(max(0.0, round(time.time() - batch.created_at))),
     )
 
 
@@ -171,8 +171,8 @@ def watch(
 ) -> None:
     """Follow batches until they are done; without one, all that are not.
 
-    A bar a batch on a terminal, elsewhere one line a change; --json prints a JSON object a line.
-    Exits with 1 if jobs failed. Leaving with Ctrl-C stops nothing.
+    A bar a batch on a terminal, elsewhere one line a change; --json prints a JSON
+    object a line. Exits with 1 if jobs failed. Leaving with Ctrl-C stops nothing.
     """
     with open_farm() as farm:
         if batches:

@@ -93,10 +93,9 @@ def print_table(
 
 
 def _draw(columns: Sequence[str], rows: list[list[str]], stream: IO[str]) -> None:
-    from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for place, name in enumerate(columns):
         numeric = all(row[place].replace(".", "").isdigit() for row in rows)
         table.add_column(

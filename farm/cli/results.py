@@ -33,8 +33,9 @@ def results(
 ) -> None:
     """Download a batch's pictures, or make a contact sheet, or list them.
 
-    The directory also gets jobs.jsonl: file, SHA-256 and parameters of each picture. What is
-    there already is not fetched again. Exits with 1 if jobs failed.
+    The directory also gets jobs.jsonl: file, SHA-256 and parameters of each
+    picture. What is there already is not fetched again. Exits with 1 if jobs
+    failed.
     """
     with open_farm() as farm:
         found = farm.status(farm.find(batch))

@@ -36,8 +36,9 @@ def up(
 ) -> None:
     """Start and supervise a whole farm on this machine; Ctrl-C stops it all.
 
-    Needs no set-up: a database, a broker and a picture directory are made in home. What dies is
-    started again. A second Ctrl-C does not wait for pictures that are being rendered.
+    Needs no set-up: a database, a broker and a picture directory are made in
+    home. What dies is started again. A second Ctrl-C does not wait for the
+    pictures that are being rendered.
     """
     from farm.catalog import load_catalog
     from farm.embedded import EmbeddedFarm
@@ -48,9 +49,9 @@ def up(
     lanes = [] if no_worker else [choose_lane(catalog, name) for name in models or ["shapes"]]
     farm = EmbeddedFarm(conf, lanes, say=note)
     with _interruptible(farm):
-        farm.start()
-        _ready(conf, [lane.model for lane in lanes])
-        farm.run()
+        if farm.start():
+            _ready(conf, [lane.model for lane in lanes])
+            farm.run()
     note("stopped")
     if farm.failure is not None:
         raise farm.failure
@@ -108,7 +109,8 @@ def worker(
 ) -> None:
     """Serve one model on one engine until SIGTERM or Ctrl-C; finishes what it renders.
 
-    Start one on each machine or device; all need the same database, broker and picture store.
+    Start one on each machine or device; all need the same database, broker and
+    picture store.
     """
     from farm.catalog import Lane, load_catalog
     from farm.engines import check_engine
@@ -132,7 +134,8 @@ def worker(
 def dispatcher() -> None:
     """Hand out work: rings workers, takes back what lost ones held. `farm up` includes it.
 
-    One is enough; several do no harm. It waits while the database or the broker is away.
+    One is enough; several do no harm. It waits while the database or the broker
+    is away.
     """
     from farm.dispatcher import run_dispatcher
     from farm.service import Farm

@@ -12,7 +12,7 @@ import typer
 from farm.cli.context import Json, examples, open_farm
 from farm.cli.follow import download, follow, summary, tell_unserved
 from farm.cli.output import hint, note, plural, print_json, print_line
-from farm.errors import Invalid, InvalidParameter, InvalidPromptFile
+from farm.errors import Invalid, InvalidPromptFile, by_code
 
 if TYPE_CHECKING:
     from farm.service import Farm
@@ -86,8 +86,9 @@ def submit(
 ) -> None:
     """Queue prompts; prints the id of the new batch.
 
-    A prompt file has a prompt a line (txt), an object a line (jsonl), or a header of field names
-    (csv). If any line is wrong, every fault is reported and nothing is queued.
+    A prompt file has a prompt a line (txt), an object a line (jsonl), or a first
+    line of field names (csv). If any line is wrong, every fault is reported and
+    nothing is queued.
     """
     _check_source(prompts, file, form)
     params: dict[str, Any] = {
@@ -130,7 +131,8 @@ def _submit_prompts(farm: Farm, prompts: list[str], given: dict[str, Any]) -> Ba
     except InvalidPromptFile as error:
         if len(prompts) > 1 or not error.errors:
             raise
-        raise InvalidParameter(f"{describe(error.errors)}; nothing was queued") from None
+        told = f"{describe(error.errors)}; nothing was queued"
+        raise by_code(error.errors[0].code, told) from None
 
 
 def _tell(farm: Farm, status: BatchStatus, *, wait: bool, out: Path | None, as_json: bool) -> None:
