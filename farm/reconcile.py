@@ -30,7 +30,9 @@ def _release(db: Database, session_id: str, settings: Settings) -> int:
     moved = 0
     with db.write() as connection:
         lost = sessions.close(connection, session_id, lost=True)
-        for held, started in jobs.held_by(connection, session_id):
+        holding = jobs.held_by(connection, session_id)
+        jobs.lock(connection, [held for held, _ in holding])
+        for held, started in holding:
             if started:
                 moved += settle_failure(connection, held, WorkerLost(), settings)
             else:

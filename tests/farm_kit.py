@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -17,7 +18,7 @@ from farm.catalog import Lane
 from farm.config import Settings
 from farm.service import Farm
 from farm.store import schema
-from tests.servers import poll
+from tests import servers
 
 ROOT = Path(__file__).parents[1]
 FAKES = """
@@ -34,6 +35,11 @@ defaults = { width = 64, height = 64, steps = 20 }
 [models.fake-slow.engines.fake]
 options = { seconds_per_step = 0.1 }
 """
+
+
+def until(ready: Callable[[], object], timeout_s: float) -> None:
+    """Wait until `ready()` is true; a TimeoutError after `timeout_s` seconds."""
+    servers.poll(lambda: bool(ready()), "what the test waits for", timeout_s)
 
 
 class FarmKit:
@@ -89,7 +95,7 @@ class FarmKit:
         args = ("--model", model, "--engine", engine, *flags)
         process = self.run("-m", "workers", *args, name=f"worker-{model}")
         if wait_s:
-            poll(lambda: process.pid in self.live() or process.poll() is not None, wait_s)
+            until(lambda: process.pid in self.live() or process.poll() is not None, wait_s)
             assert process.poll() is None, self.log(f"worker-{model}")
         return process
 

@@ -62,11 +62,14 @@ class Keeper:
         while True:
             try:
                 self._blobs.put(key, data, content_type)
+                if self.trouble:
+                    log.info("the blob store is back")
                 self.trouble = ""
                 return
             except EnvironmentFault as error:
+                if not self.trouble:
+                    log.warning("%s; holding pictures until it is back", error.message)
                 self.trouble = error.message
-                log.warning("%s", error.message)
                 if self._closing.is_set() or time.monotonic() > until:
                     raise
             self._closing.wait(pause * random.uniform(0.5, 1.5))

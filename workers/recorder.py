@@ -31,6 +31,10 @@ class _Group:
     failures: list[tuple[Claim, FarmError]] = field(default_factory=list)
     back: list[tuple[Claim, str]] = field(default_factory=list)
 
+    def claims(self) -> list[Claim]:
+        pairs = (*self.pictures, *self.failures, *self.back)
+        return [*self.started, *self.progress, *(claim for claim, _ in pairs)]
+
     def __len__(self) -> int:
         parts = (self.started, self.progress, self.pictures, self.failures, self.back)
         return sum(len(part) for part in parts)
@@ -108,6 +112,7 @@ class Recorder:
                 self._lost(claim, picture)
 
     def _apply(self, connection: Connection, group: _Group) -> set[JobRef]:
+        jobs.lock(connection, group.claims())
         jobs.mark_started(connection, group.started)
         jobs.record_progress(connection, group.progress.items())
         recorded = jobs.succeed(connection, group.pictures)
@@ -123,7 +128,7 @@ class Recorder:
         singles += [_Group(failures=[one]) for one in group.failures]
         singles += [_Group(back=[one]) for one in group.back]
         for single in singles:
-            claim = [*single.pictures, *single.failures, *single.back][0][0]
+            (claim,) = single.claims()
             try:
                 with self._db.write() as connection:
                     self._apply(connection, single)

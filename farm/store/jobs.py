@@ -12,7 +12,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, bindparam, exists, func, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    and_,
+    bindparam,
+    exists,
+    false,
+    func,
+    or_,
+    select,
+    update,
+)
 
 from farm.catalog import Lane
 from farm.errors import FarmError, JobCancelled
@@ -188,6 +199,16 @@ def held_by(connection: Connection, session_id: str) -> list[tuple[Claim, bool]]
     return [(_claim_of(r, r.shared, session_id), r.started_at is not None) for r in rows]
 
 
+def lock(connection: Connection, held: Iterable[Claim]) -> None:
+    """Take the rows of these claims before any counter, for transactions that move several.
+
+    Whoever moves jobs locks rows first and counters last; so no two wait for each other.
+    """
+    for session_id in sorted({claim.session_id for claim in held}):
+        rows = select(jobs.c.idx).where(jobs.c.session_id == session_id, jobs.c.state == RUNNING)
+        connection.execute(rows.order_by(jobs.c.batch_id, jobs.c.idx).with_for_update()).all()
+
+
 _GUARD = and_(
     jobs.c.batch_id == bindparam("g_batch"),
     jobs.c.idx == bindparam("g_idx"),
@@ -331,12 +352,20 @@ def _leave(
     return True
 
 
-def _some(batch_id: str, idx: int | None, *where: ColumnElement[bool], limit: int) -> Any:
-    chosen = select(jobs.c.idx).where(jobs.c.batch_id == batch_id, *where)
+def _some(
+    connection: Connection,
+    batch_id: str,
+    idx: int | None,
+    *where: ColumnElement[bool],
+    limit: int,
+) -> ColumnElement[bool]:
+    """The first `limit` jobs of a batch that fulfil `where`, as a range of places."""
+    mine = and_(jobs.c.batch_id == batch_id, *where)
     if idx is not None:
-        chosen = chosen.where(jobs.c.idx == idx)
-    chosen = chosen.order_by(jobs.c.idx).limit(limit).with_for_update()
-    return and_(jobs.c.batch_id == batch_id, jobs.c.idx.in_(chosen.scalar_subquery()), *where)
+        return and_(mine, jobs.c.idx == idx)
+    chosen = select(jobs.c.idx).where(mine).order_by(jobs.c.idx).limit(limit).subquery()
+    first, last = connection.execute(select(func.min(chosen.c.idx), func.max(chosen.c.idx))).one()
+    return and_(mine, jobs.c.idx.between(first, last)) if last is not None else false()
 
 
 def request_cancel(
@@ -346,16 +375,15 @@ def request_cancel(
 
     Returns (cancelled now, asked to stop). Call again until both are 0.
     """
-    asked = connection.execute(
-        update(jobs)
-        .where(_some(batch_id, idx, jobs.c.state == RUNNING, ~jobs.c.cancel_requested, limit=limit))
-        .values(cancel_requested=True)
-    ).rowcount
+    fresh = [jobs.c.state == RUNNING, ~jobs.c.cancel_requested]
+    stoppable = _some(connection, batch_id, idx, *fresh, limit=limit)
+    waiting = _some(connection, batch_id, idx, jobs.c.state == QUEUED, limit=limit)
+    asked = connection.execute(update(jobs).where(stoppable).values(cancel_requested=True)).rowcount
     moved = _move_waiting(
         connection,
         batch_id,
         [(QUEUED, CANCELLED)],
-        _some(batch_id, idx, jobs.c.state == QUEUED, limit=limit),
+        waiting,
         {
             "finished_at": now(),
             "error_code": JobCancelled.code,
@@ -392,7 +420,7 @@ def redrive(
         "engine": None,
     }
     arrows = [(old, QUEUED) for old in states]
-    chosen = _some(batch_id, idx, *where, limit=limit)
+    chosen = _some(connection, batch_id, idx, *where, limit=limit)
     moved = _move_waiting(connection, batch_id, arrows, chosen, fresh, "redriven")
     if moved:
         connection.execute(update(batches).where(batches.c.id == batch_id).values(finished_at=None))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,8 @@ import psutil
 import pytest
 
 from farm.store.ids import JobRef
-from tests.farm_kit import FarmKit, engine_child
-from tests.servers import PostgresServer, RedisServer, S3Server, poll
+from tests.farm_kit import FarmKit, engine_child, until
+from tests.servers import PostgresServer, RedisServer, S3Server
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def test_ten_thousand_lines_a_few_tokens_and_a_flush(
     assert seen <= 4 * 4, "Redis holds a few tokens, never the jobs"
     redis_server.flushall()
     kit.farm.submit(["after the flush"], model="fake-one", priority=9)
-    poll(lambda: kit.farm.status(batch.id).counts["succeeded"] > 300, 60)
+    until(lambda: kit.farm.status(batch.id).counts["succeeded"] > 300, 60)
     cancelled, _ = kit.farm.cancel(batch.id)
     assert cancelled > 5_000
     status = kit.farm.wait(batch.id, 30)
@@ -104,13 +105,13 @@ def test_kill_during_a_render(kit: FarmKit, victim: str) -> None:
     kit.dispatcher()
     worker = kit.worker()
     batch = kit.farm.submit([{"prompt": f"p{i}", "steps": 60} for i in range(40)], model="fake-one")
-    poll(lambda: kit.farm.status(batch.id).counts["succeeded"] >= 4, 30)
+    until(lambda: kit.farm.status(batch.id).counts["succeeded"] >= 4, 30)
     if victim == "child":
         engine_child(worker).kill()
     else:
         child = engine_child(worker)
         worker.kill()
-        poll(lambda: not psutil.pid_exists(child.pid), 5)
+        until(lambda: not psutil.pid_exists(child.pid), 5)
         worker.wait(5)
         kit.worker()
     status = kit.farm.wait(batch.id, 60)
@@ -130,7 +131,7 @@ def test_a_succeeded_job_always_has_its_object(kit: FarmKit) -> None:
     for _ in range(3):
         worker = kit.worker()
         before = kit.farm.status(batch.id).counts["succeeded"]
-        poll(lambda b=before: kit.farm.status(batch.id).counts["succeeded"] >= b + 20, 30)  # type: ignore[misc]
+        until(lambda b=before: kit.farm.status(batch.id).counts["succeeded"] >= b + 20, 30)  # type: ignore[misc]
         for job in kit.farm.pictures(batch.id):
             assert job.object_key
             assert kit.farm.blobs.stat(job.object_key)
@@ -144,7 +145,7 @@ def test_sigterm_drains_and_counts_no_failure(kit: FarmKit) -> None:
     worker = kit.worker()
     batch = kit.farm.submit([{"prompt": f"p{i}", "steps": 40} for i in range(200)],
                             model="fake-one")  # fmt: skip
-    poll(lambda: kit.farm.status(batch.id).counts["succeeded"] >= 8, 30)
+    until(lambda: kit.farm.status(batch.id).counts["succeeded"] >= 8, 30)
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(15) == 0
     status = kit.farm.status(batch.id)
@@ -159,7 +160,7 @@ def test_sigterm_longer_than_the_grace_gives_the_job_back(tmp_path: Path, redis_
     with FarmKit(tmp_path / "home", redis_url, shutdown_grace_s=0.5) as kit:
         worker = kit.worker("fake-slow")
         batch = kit.farm.submit([{"prompt": "long", "steps": 500}], model="fake-slow")
-        poll(lambda: kit.farm.job(f"{batch.id}/0").started_at is not None, 30)
+        until(lambda: kit.farm.job(f"{batch.id}/0").started_at is not None, 30)
         worker.send_signal(signal.SIGTERM)
         assert worker.wait(15) == 0
         job = kit.farm.job(JobRef(batch.id, 0))
@@ -170,10 +171,10 @@ def test_cancel_is_seen_between_steps(sqlite_kit: FarmKit) -> None:
     kit = sqlite_kit
     kit.worker("fake-slow")
     batch = kit.farm.submit([{"prompt": "long", "steps": 500}, "next"], model="fake-slow")
-    poll(lambda: kit.farm.job(f"{batch.id}/0").progress > 0, 30)
+    until(lambda: kit.farm.job(f"{batch.id}/0").progress > 0, 30)
     began = time.monotonic()
     assert kit.farm.cancel(batch.id, 0) == (0, 1)
-    poll(lambda: kit.farm.job(f"{batch.id}/0").state == "cancelled", 10)
+    until(lambda: kit.farm.job(f"{batch.id}/0").state == "cancelled", 10)
     assert time.monotonic() - began < 5, "50 s of steps were left"
     assert kit.farm.wait(batch.id, 30).counts["succeeded"] == 1
 
@@ -199,18 +200,18 @@ def test_a_worker_whose_session_was_lost_records_nothing(sqlite_kit: FarmKit) ->
     kit.dispatcher()
     ghost = kit.worker("fake-slow")
     batch = kit.farm.submit(["a"], model="fake-slow")
-    poll(lambda: kit.farm.job(f"{batch.id}/0").started_at is not None, 30)
+    until(lambda: kit.farm.job(f"{batch.id}/0").started_at is not None, 30)
     child = engine_child(ghost)
     for process in (ghost, child):
         process.send_signal(signal.SIGSTOP)
-    poll(lambda: kit.farm.job(f"{batch.id}/0").state == "queued", 30)
+    until(lambda: kit.farm.job(f"{batch.id}/0").state == "queued", 30)
     kit.worker("fake-slow")
     assert kit.farm.wait(batch.id, 30).counts["succeeded"] == 1
     done = kit.farm.job(f"{batch.id}/0")
     for process in (child, ghost):
         process.send_signal(signal.SIGCONT)
-    poll(lambda: ghost.pid in kit.live(), 20)
-    poll(lambda: "given to another" in kit.log("worker-fake-slow")
+    until(lambda: ghost.pid in kit.live(), 20)
+    until(lambda: "given to another" in kit.log("worker-fake-slow")
          or "was lost" in kit.log("worker-fake-slow"), 20)  # fmt: skip
     assert kit.farm.job(f"{batch.id}/0") == done
     kit.assert_whole(batch.id)
@@ -228,7 +229,7 @@ def test_redis_away_loses_nothing_and_says_so(
         batch = kit.farm.submit(["during"], model="fake-one")
         assert "does not answer" in caplog.text
         assert kit.farm.status(batch.id).counts["queued"] == 1
-        poll(lambda: "does not answer" in kit.log("dispatcher"), 20)
+        until(lambda: "does not answer" in kit.log("dispatcher"), 20)
     finally:
         redis_server.start()
     assert kit.farm.wait(batch.id, 60).counts["succeeded"] == 1
@@ -243,13 +244,13 @@ def test_database_away_loses_nothing(
         batch = kit.farm.submit(
             [{"prompt": f"p{i}", "steps": 40} for i in range(60)], model="fake-one"
         )
-        poll(lambda: kit.farm.status(batch.id).counts["succeeded"] >= 4, 30)
+        until(lambda: kit.farm.status(batch.id).counts["succeeded"] >= 4, 30)
         postgres_server.stop()
         try:
-            poll(lambda: "does not answer" in kit.log("dispatcher"), 20)
+            until(lambda: "does not answer" in kit.log("dispatcher"), 20)
             away = subprocess.run(
-                ["python", "-m", "farm", "status"], env=kit.env, capture_output=True, text=True,
-                timeout=60, check=False,
+                [sys.executable, "-m", "farm", "status"], env=kit.env, capture_output=True,
+                text=True, timeout=60, check=False,
             )  # fmt: skip
             assert away.returncode == 1
             assert "does not answer" in away.stderr
@@ -270,10 +271,10 @@ def test_s3_away_holds_the_pictures_and_goes_on(
         kit.dispatcher()
         kit.worker()
         batch = kit.farm.submit([f"p{i}" for i in range(60)], model="fake-one")
-        poll(lambda: kit.farm.status(batch.id).counts["succeeded"] >= 4, 30)
+        until(lambda: kit.farm.status(batch.id).counts["succeeded"] >= 4, 30)
         s3_server.stop()
         try:
-            poll(lambda: "S3" in kit.log("worker-fake-one"), 30)
+            until(lambda: "cannot write" in kit.log("worker-fake-one"), 30)
         finally:
             s3_server.start()
         status = kit.farm.wait(batch.id, 90)

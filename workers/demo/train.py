@@ -27,7 +27,7 @@ from torch.nn import functional
 from workers.demo import network, shapes
 
 STAGES = ("decoder", "unet", "assemble")
-MINUTES = {"decoder": 10.0, "unet": 62.0, "assemble": 0.0}
+MINUTES = {"decoder": 10.0, "unet": 61.0, "assemble": 0.0}
 SAVE_EVERY = 180.0
 """Seconds between two checkpoints."""
 LATENT_NOISE = 0.12
