@@ -152,8 +152,11 @@ class Child:
         self._send(Cancel(self._bundle, frozenset(ids)))
 
     def stop_after_current(self) -> None:
-        """Finish the micro-batch under way and give the rest back. Safe from any thread."""
-        self._send(StopAfterCurrent(self._bundle))
+        """Finish the micro-batch under way and give the rest back. Safe from any thread.
+
+        With no bundle under way it is the next that is given back, for it may be on its way.
+        """
+        self._send(StopAfterCurrent(self._bundle if self._open else self._bundle + 1))
 
     def _events(self, bundle: int) -> Iterator[Event]:
         try:

@@ -110,7 +110,11 @@ class Cap:
 
 @dataclass(frozen=True)
 class Rendered:
-    """`seconds`: the job's share of its micro-batch's time; `batch`: the size it ran in."""
+    """A picture, read-only pixels.
+
+    `seconds`: the job's share of its micro-batch's time; `batch`: the size it ran in, padding
+    counted.
+    """
 
     id: int
     pixels: Pixels

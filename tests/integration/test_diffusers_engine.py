@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from farm.catalog import Weights
 from farm.errors import (
     BadImage,
+    EngineCrashed,
     FarmError,
     InvalidConfig,
     InvalidParameter,
@@ -172,19 +173,24 @@ def test_nan_spoils_only_its_own_picture(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "named"),
     [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("[...] DefaultCPUAllocator: can't"),
+        (torch.OutOfMemoryError("CUDA out of memory"), OutOfMemory),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), OutOfMemory),
+        (torch.AcceleratorError("device-side assert triggered", 710), EngineCrashed),
+        (RuntimeError("CUDA error: an illegal memory access"), EngineCrashed),
+        (RuntimeError("sizes do not match"), RuntimeError),
     ],
 )
-def test_a_lack_of_memory_has_its_name(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_failures_of_torch_have_their_names(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, named: type[Exception]
+) -> None:
     def forward(*args: Any, **kwargs: Any) -> Any:
         raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(engine("sd15")._pipe.unet, "forward", forward)
-        with pytest.raises(OutOfMemory):
+        with pytest.raises(named):
             engine("sd15").render([spec()], Steps())
     assert isinstance(engine("sd15").render([spec()], Steps())[0], np.ndarray)
 

@@ -220,6 +220,21 @@ def test_stop_gives_back_what_is_not_begun(make: Make) -> None:
     assert ends(list(child.render([spec()]))) == {0: "rendered"}
 
 
+def test_a_stop_between_two_bundles_gives_the_next_back(make: Make) -> None:
+    child = make()
+    list(child.render([spec()]))
+    child.stop_after_current()
+    assert ends(list(child.render([spec(), spec(seed=2)]))) == {0: "given back", 1: "given back"}
+    assert ends(list(child.render([spec()]))) == {0: "rendered"}
+
+
+def test_a_cancel_between_two_bundles_touches_none(make: Make) -> None:
+    child = make()
+    list(child.render([spec()]))
+    child.cancel([0])
+    assert ends(list(child.render([spec()]))) == {0: "rendered"}
+
+
 def test_orders_to_no_one_are_harmless() -> None:
     child = Child(config())
     child.cancel([1])

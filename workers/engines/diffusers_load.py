@@ -100,7 +100,10 @@ def _folder(config: EngineConfig) -> Path:
         )
     except Exception as error:
         at = f"@{weights.revision}" if weights.revision else ""
-        raise ModelNotLoaded(f"repo {weights.repo}{at}: {said(error)}") from error
+        raise ModelNotLoaded(
+            f"repo {weights.repo}{at}: neither fetched from the hub nor found in its cache; check "
+            f"the name, the revision, the network and, for a gated model, HF_TOKEN ({said(error)})"
+        ) from error
 
 
 def _pipeline(config: EngineConfig, folder: Path, device: torch.device) -> Any:
