@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from farm.config import SOCKET_PATH_LIMIT, load_settings, redact
+from farm.errors import InvalidConfig
+from farm.service import s3_options
+
+SECRETS = {
+    "FARM_DATABASE_URL": "postgresql+psycopg://me:s3cret-db@host/farm?sslpassword=s3cret-q",
+    "FARM_BROKER_URL": "redis://:s3cret-redis@host:6379/0",
+    "FARM_S3_ACCESS_KEY": "s3cret-access",
+    "FARM_S3_SECRET_KEY": "s3cret-key",
+}
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import os
+
+    for name in os.environ:
+        if name.startswith("FARM_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_flags_over_environment_over_file_over_defaults(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert load_settings().bundle_max == 64
+    (tmp_path / "farm.toml").write_text("bundle_max = 10\ntick_s = 3.0\nmax_failures = 7\n")
+    monkeypatch.setenv("FARM_BUNDLE_MAX", "11")
+    monkeypatch.setenv("FARM_TICK_S", "2")
+    settings = load_settings(bundle_max=12, tick_s=None)
+    assert (settings.bundle_max, settings.tick_s, settings.max_failures) == (12, 2.0, 7)
+
+
+def test_nothing_set_means_one_directory(tmp_path: Path) -> None:
+    settings = load_settings()
+    home = tmp_path / "data" / "farm"
+    assert settings.database == f"sqlite:///{home}/farm.db"
+    assert settings.broker == f"redis+socket://{home}/broker.sock"
+    assert settings.blobs == f"file://{home}/blobs"
+
+
+def test_a_socket_s_path_is_short_enough(tmp_path: Path) -> None:
+    deep = tmp_path / ("x" * 100)
+    settings = load_settings(home=deep)
+    assert len(str(settings.broker_socket)) < SOCKET_PATH_LIMIT
+    assert settings.broker_socket != load_settings(home=tmp_path / ("y" * 100)).broker_socket
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("bundle_max = 'many'", "bundle_max"), ("colour = 1", "colour"), ("= nonsense", "farm.toml")],
+)
+def test_wrong_settings_are_named(text: str, named: str, tmp_path: Path) -> None:
+    (tmp_path / "farm.toml").write_text(text)
+    with pytest.raises(InvalidConfig, match=named):
+        load_settings()
+
+
+def test_no_secret_is_ever_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings()
+    text = (
+        json.dumps(settings.shown()) + repr(settings) + str(settings) + repr(s3_options(settings))
+    )
+    assert "s3cret" not in text
+    assert "me:**********@host/farm" in text
+    assert settings.broker == SECRETS["FARM_BROKER_URL"]
+    monkeypatch.setenv("FARM_TICK_S", "s3cret-by-mistake")
+    with pytest.raises(InvalidConfig) as caught:
+        load_settings()
+    assert "s3cret" not in caught.value.message
+
+
+def test_redact() -> None:
+    assert redact("redis://:pw@h:6379/0") == "redis://:**********@h:6379/0"
+    assert redact("sqlite:////a/b.db") == "sqlite:////a/b.db"
+    assert redact("redis+socket:///tmp/s") == "redis+socket:///tmp/s"

@@ -1,0 +1,86 @@
+"""What lies inside a stored picture, and what a download leaves behind."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from farm.blobs import open_blobs
+from farm.errors import BlobNotFound, StorageUnavailable
+from farm.pictures import CONTENT_TYPES, Origin, encode, object_key, parameters, sha256
+from farm.results import contact_sheet, download, fetch
+from farm.store.ids import JobRef
+from farm.store.reads import Job
+from tests.store_kit import spec
+
+ORIGIN = Origin("diffusers", "ab" * 32)
+PIXELS = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+PROMPT = "赤い円 on a Ñandú 🟥, <b>bold</b>"
+
+
+@pytest.mark.parametrize("form", CONTENT_TYPES)
+def test_the_file_holds_parameters_and_mark(form: str) -> None:
+    job = spec(PROMPT, format=form, negative_prompt="dull", scheduler="euler_a", seed=7)
+    data = encode(PIXELS.tobytes(), job, ORIGIN)
+    assert data == encode(PIXELS.tobytes(), job, ORIGIN)
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    assert image.get_format_mimetype() == CONTENT_TYPES[form]
+    if form == "png":
+        text = image.info["parameters"]
+        assert (np.asarray(image) == PIXELS).all()
+    else:
+        comment = image.getexif().get_ifd(0x8769)[0x9286]
+        assert comment[:8] == b"UNICODE\0"
+        text = comment[8:].decode("utf-16-be")
+    assert text == parameters(job, ORIGIN)
+    assert text.splitlines()[:2] == [PROMPT, "Negative prompt: dull"]
+    assert "Steps: 4, Sampler: euler_a, CFG scale: 4, Seed: 7, Size: 64x64" in text
+    assert b"digitalsourcetype/trainedAlgorithmicMedia" in data
+
+
+def test_keys_differ_by_claim_and_hold_nothing_from_a_prompt() -> None:
+    one, two = (object_key(JobRef("0abc", 17), n, "jpeg") for n in (1, 2))
+    assert one == "pictures/0abc/0000017-1.jpg"
+    assert one != two
+
+
+def job(idx: int, data: bytes, key: str) -> Job:
+    return Job(
+        id=f"0abc/{idx}", batch_id="0abc", idx=idx, spec=spec(PROMPT).model_dump(),
+        state="succeeded", failures=0, claim_no=1, engine="fake", progress=1.0, started_at=0.0,
+        finished_at=1.0, object_key=key, sha256=sha256(data), size_bytes=len(data), render_s=0.1,
+        fingerprint="f" * 64, error_code=None, error=None,
+    )  # fmt: skip
+
+
+def test_download_is_whole_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    blobs = open_blobs((tmp_path / "blobs").as_uri())
+    jobs = []
+    for idx in range(5):
+        data = encode(PIXELS.tobytes(), spec(PROMPT, seed=idx), ORIGIN)
+        key = object_key(JobRef("0abc", idx), 1, "png")
+        blobs.put(key, data, "image/png")
+        jobs.append(job(idx, data, key))
+    out, seen = tmp_path / "out", list[Path]()
+    assert download(blobs, jobs, out, seen.append) == len(seen) == 5
+    (out / "0000001.png").write_bytes(b"cut")
+    blobs.delete([j.object_key for j in jobs if j.idx != 1 and j.object_key])
+    assert download(blobs, jobs, out) == 5, "only the damaged one is fetched again"
+    assert sorted(p.name for p in out.iterdir()) == [f"000000{i}.png" for i in range(5)] + [
+        "jobs.jsonl"
+    ]
+    rows = [json.loads(line) for line in (out / "jobs.jsonl").read_text("utf-8").splitlines()]
+    assert [row["prompt"] for row in rows] == [PROMPT] * 5
+    with pytest.raises(BlobNotFound):
+        fetch(blobs, jobs[0])
+    with pytest.raises(StorageUnavailable, match="not the picture"):
+        fetch(blobs, replace(jobs[1], sha256="0" * 64))
+    assert contact_sheet(blobs, iter(jobs[1:2]), tmp_path / "sheet.png") == 1
+    assert contact_sheet(blobs, iter([]), tmp_path / "none.png") == 0
