@@ -189,6 +189,10 @@ class PostgresServer(Server):
     def _initialise(self) -> None:
         if self._user() >= 0:
             os.chown(self.dir, self._user(), self._user())
+            if not all(part.stat().st_mode & 0o001 for part in self._bin.parents):
+                copy = self.dir / "programs"  # a virtual environment that only root can enter
+                shutil.copytree(self._bin.parent, copy, symlinks=True)
+                self._bin = copy / "bin"
         options = ["-U", "postgres", "--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync"]
         with (self.dir / "log").open("ab") as log:
             argv: list[str | Path] = [self._bin / "initdb", "-D", self.dir / "data", *options]
