@@ -186,9 +186,13 @@ def tell_unserved(farm: Farm, models: Sequence[str] | None = None) -> None:
     """Say which models have queued jobs and no worker (of these models only, if given)."""
     for model, n in sorted(farm.unserved().items()):
         if models is None or model in models:
-            hint(f"no worker serves {model} now, {plural(n, 'job')} waiting: {start_hint(model)}")
+            advice = f"start one with `{_start(farm, model)}`"
+            hint(f"no worker serves {model} now, {plural(n, 'job')} waiting: {advice}")
 
 
-def start_hint(model: str) -> str:
-    """How to get a worker for a model."""
-    return f"start one with `farm up --model {model}`"
+def _start(farm: Farm, model: str) -> str:
+    """The command that brings a worker for a model: beside a farm that is up, or with a new one."""
+    if farm.settings.broker_url or farm.settings.broker_socket.exists():
+        entry = farm.catalog.models.get(model)
+        return f"farm worker --model {model} --engine {next(iter(entry.engines)) if entry else 'E'}"
+    return "farm up" if model == "shapes" else f"farm up --model {model}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
     from farm.errors import RowError
 
+_COMMAND = re.compile(r"\bfarm (?=(?:watch|results|status|retry|cancel|resume|up|worker|submit)\b)")
 Cell = str | int | float | None
 
 
@@ -63,7 +66,14 @@ def print_line(text: str) -> None:
 def note(text: str) -> None:
     """A line for the person at the terminal; -q leaves it out."""
     if not options.quiet:
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(_with_home(text) + "\n")
+
+
+def _with_home(text: str) -> str:
+    """Commands in an advice lead to the same farm: `farm watch` -> `farm --home DIR watch`."""
+    if options.home is None:
+        return text
+    return _COMMAND.sub(f"farm --home {shlex.quote(str(options.home))} ", text)
 
 
 def hint(text: str) -> None:
@@ -71,9 +81,9 @@ def hint(text: str) -> None:
     if options.quiet:
         return
     if sys.stderr.isatty():
-        console(sys.stderr).print(text, style="dim", soft_wrap=True)
+        console(sys.stderr).print(_with_home(text), style="dim", soft_wrap=True)
     else:
-        sys.stderr.write(text + "\n")
+        note(text)
 
 
 def print_table(

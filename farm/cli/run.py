@@ -59,12 +59,11 @@ def up(
 
 def _ready(conf: Settings, models: list[str]) -> None:
     note("ready; Ctrl-C stops it")
-    home = "" if options.home is None else f"--home {options.home} "
     if models:
         prompt = "a red circle on a blue background" if "shapes" in models else "PROMPT"
-        hint(f'next, in another terminal: farm {home}submit "{prompt}" --model {models[0]} --wait')
+        hint(f'next, in another terminal: farm submit "{prompt}" --model {models[0]} --wait')
     else:
-        hint(f"next, in another terminal: farm {home}worker --model M --engine E")
+        hint("next, in another terminal: farm worker --model M --engine E")
     hint(f"logs: {conf.home.resolve() / 'logs'}")
 
 

@@ -284,6 +284,13 @@ def test_submit_prints_the_id_alone(run: Run, client: Farm) -> None:
     assert [job.spec["seed"] for job in found] == [5, 6, 7]
 
 
+def test_advice_leads_to_the_same_home(run: Run, tmp_path: Path) -> None:
+    ran = run("--home", tmp_path / "my home", "submit", "x")
+    at = f"farm --home '{tmp_path}/my home'"
+    assert f"{at} up`" in ran.err
+    assert f"{at} watch {ran.out.strip()}, then {at} results" in ran.err
+
+
 def test_quiet_says_nothing(run: Run) -> None:
     ran = run("-q", "submit", "a red circle on a blue background")
     assert ran.code == 0
