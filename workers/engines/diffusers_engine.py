@@ -4,8 +4,11 @@ A micro-batch is one call of the pipeline with lists of prompts, negatives and g
 job's noise comes from its own generator on the CPU, seeded anew for each attempt. At one size of
 micro-batch a picture is then bit-equal whatever its neighbours; between sizes float32 differs by
 about 5e-6 of the range 0 to 1. So the strict mode, in which the child pads every micro-batch to
-the cap, gives equal bytes. An empty negative prompt is always encoded as such (SDXL alone has zeros
-for "none"), for a list cannot hold both and a picture must not depend on its neighbours.
+the cap, gives equal bytes. On a CPU they also depend on the number of threads, which is told
+among the versions.
+
+An empty negative prompt is always encoded as such (SDXL alone has zeros for "none"): a list
+cannot hold both, and a picture must not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -182,6 +185,9 @@ class DiffusersEngine:
         found = {**versions(), "dtype": str(self._pipe.dtype).removeprefix("torch.")}
         if device.startswith("cuda"):
             found |= {"cuda": str(torch.version.cuda), "gpu": torch.cuda.get_device_name(device)}
+        else:
+            instructions = torch.backends.cpu.get_cpu_capability()
+            found |= {"threads": str(torch.get_num_threads()), "cpu": instructions}
         return found
 
 
