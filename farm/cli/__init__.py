@@ -79,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return _broken_pipe()
     except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):
+            return _broken_pipe()
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
         return 130
@@ -102,7 +104,8 @@ def _failed(error: Exception, as_json: bool) -> int:
         told = [{name: getattr(row, name) for name in row.__dataclass_fields__} for row in rows]
         print_json({"error": {"code": code, "message": message, "errors": told}})
     else:
-        print_row_errors(rows)
+        if rows:
+            print_row_errors(rows)
         first, *more = [clean(line) for line in message.splitlines()] or [""]
         sys.stderr.write("\n".join([f"error: {first} ({code})", *more]) + "\n")
     if code == FarmError.code:

@@ -11,10 +11,13 @@ import typer
 from farm.cli.context import Batch, Json, examples, open_farm
 from farm.cli.follow import download, sentence
 from farm.cli.output import hint, note, plural, print_json, print_line, short
+from farm.errors import Invalid
 
 if TYPE_CHECKING:
     from farm.service import Farm
     from farm.store.batches import BatchStatus
+
+_SHEETS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def results(
@@ -37,6 +40,8 @@ def results(
     picture. What is there already is not fetched again. Exits with 1 if jobs
     failed.
     """
+    if sheet is not None and sheet.suffix.lower() not in _SHEETS:
+        raise Invalid(f"{sheet}: a contact sheet ends in one of {', '.join(_SHEETS)}")
     with open_farm() as farm:
         found = farm.status(farm.find(batch))
         if listing:

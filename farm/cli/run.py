@@ -73,15 +73,18 @@ class _interruptible:
     def __init__(self, farm: EmbeddedFarm) -> None:
         self._farm = farm
         self._asked = 0
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> None:
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signum, self._on_signal)
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            signals.append(signal.SIGHUP)
+        self._before = {signum: signal.signal(signum, self._on_signal) for signum in signals}
 
     def __exit__(self, *exc: object) -> None:
         self._farm.stop()
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signum, signal.SIG_DFL)
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
 
     def _on_signal(self, signum: int, frame: Any) -> None:
         self._asked += 1

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -224,8 +223,8 @@ def test_a_second_interrupt_does_not_wait_for_pictures(home: Path, started: list
         assert farm.status(batch).open > 0
 
 
-def settings_of(home: Path, **more: Any) -> Settings:
-    return load_settings(home=home, models_file=home / "models.toml", **more)
+def settings_of(home: Path) -> Settings:
+    return load_settings(home=home)
 
 
 # ---- as a library
@@ -243,6 +242,16 @@ def test_a_farm_in_a_with_block(home: Path) -> None:
     assert gone(pids)
     with Farm(settings_of(home)) as farm:
         assert farm.workers() == []
+
+
+def test_a_home_with_a_path_too_long_for_a_socket(home: Path) -> None:
+    settings = settings_of(home.parent / ("long" * 30))
+    with EmbeddedFarm(settings) as up:
+        assert not settings.broker_socket.is_relative_to(settings.home)
+        assert local_broker.answers(settings.broker_socket)
+        assert oct(settings.broker_socket.stat().st_mode)[-3:] == "700"
+        assert set(up.pids()) == {"broker", "dispatcher"}
+    assert not settings.broker_socket.exists()
 
 
 def test_a_broken_lane_raises_and_leaves_nothing(home: Path) -> None:
