@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -92,6 +93,14 @@ class Recorder:
             self._write(group)
 
     def _write(self, group: _Group) -> None:
+        try:
+            self._commit(group)
+        except Exception:
+            log.exception("a group of %d records was refused; writing them singly", len(group))
+            self._write_singly(group)
+
+    def _commit(self, group: _Group) -> None:
+        """One transaction, tried until the database is there; any other error is raised."""
         wait = 0.1
         while True:
             try:
@@ -99,14 +108,10 @@ class Recorder:
                     recorded = self._apply(connection, group)
                 break
             except DatabaseUnavailable as error:
-                if wait >= MAX_BACKOFF_S:
+                if wait == MAX_BACKOFF_S:
                     log.warning("%s; %d records wait for it", error.message, len(group))
                 wait = min(wait * 2, MAX_BACKOFF_S)
-                threading.Event().wait(wait)
-            except Exception:
-                log.exception("a group of %d records was refused; writing them singly", len(group))
-                self._write_singly(group)
-                return
+                time.sleep(wait)
         for claim, picture in group.pictures:
             if claim.ref not in recorded:
                 self._lost(claim, picture)
@@ -130,10 +135,8 @@ class Recorder:
         for single in singles:
             (claim,) = single.claims()
             try:
-                with self._db.write() as connection:
-                    self._apply(connection, single)
+                self._commit(single)
             except Exception as error:
                 log.exception("job %s could not be recorded", claim.ref)
                 what = RenderFailed(f"could not be recorded: {type(error).__name__}")
-                with self._db.write() as connection:
-                    settle_failure(connection, claim, what, self._settings)
+                self._commit(_Group(failures=[(claim, what)]))

@@ -38,7 +38,9 @@ def submit(home: Path, rows: int, rounds: int) -> list[tuple[str, str, str, str]
     return table
 
 
-def _compare(farm: Farm, name: str, path: Path, rows: int, rounds: int) -> tuple[str, str, str, str]:
+def _compare(
+    farm: Farm, name: str, path: Path, rows: int, rounds: int
+) -> tuple[str, str, str, str]:
     ours, raw = [], []
     for _ in range(rounds):
         began = time.monotonic()

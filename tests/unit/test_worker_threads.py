@@ -1,0 +1,176 @@
+"""Recorder, keeper and heart, each alone: SQLite in a temporary file, no service."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from farm.blobs import BlobStore, open_blobs
+from farm.config import Settings
+from farm.errors import RenderFailed, StorageUnavailable
+from farm.pictures import Origin
+from farm.store import jobs, reads, sessions
+from farm.store.ids import JobRef
+from farm.store.jobs import Claim, Picture
+from tests.servers import poll
+from tests.store_kit import LANE, PICTURE, Kit, spec
+from workers import keeper as keeper_module
+from workers.heart import Heart
+from workers.keeper import Keeper
+from workers.recorder import Recorder
+
+PIXELS = np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)
+SETTINGS = Settings(retry_delay_s=0.0)
+
+
+@pytest.fixture
+def kit(tmp_path: Path) -> Iterator[Kit]:
+    kit = Kit.at(f"sqlite:///{tmp_path / 'farm.db'}")
+    yield kit
+    kit.db.close()
+
+
+@pytest.fixture
+def lost() -> list[Claim]:
+    return []
+
+
+@pytest.fixture
+def recorder(kit: Kit, lost: list[Claim]) -> Iterator[Recorder]:
+    recorder = Recorder(kit.db, SETTINGS, lambda claim, picture: lost.append(claim))
+    yield recorder
+    assert recorder.close(10)
+
+
+def soon(ready: Callable[[], bool]) -> None:
+    poll(ready, "the record", 10)
+
+
+def state(kit: Kit, ref: JobRef) -> str:
+    with kit.db.read() as connection:
+        return reads.job(connection, ref).state
+
+
+def test_a_group_is_written_together(kit: Kit, recorder: Recorder) -> None:
+    batch = kit.batch(*(spec(str(i)) for i in range(10)))
+    claims = kit.claim(batch, kit.session(), limit=10)
+    recorder.started(claims)
+    recorder.progress(claims[:2], 0.5)
+    for claim in claims[:8]:
+        recorder.picture(claim, PICTURE)
+    recorder.failure(claims[8], RenderFailed("odd"))
+    recorder.back(claims[9], "shut down")
+    soon(lambda: kit.states(batch) == {"succeeded": 8, "queued": 2})
+
+
+def test_one_refused_record_does_not_spoil_the_others(kit: Kit, recorder: Recorder) -> None:
+    batch = kit.batch(spec("a"), spec("b"), spec("c"))
+    one, two, three = kit.claim(batch, kit.session(), limit=3)
+    recorder.picture(one, PICTURE)
+    recorder.picture(two, Picture("key", None, 1, 0.1, "f"))  # type: ignore[arg-type]
+    recorder.picture(three, PICTURE)
+    soon(lambda: kit.states(batch) == {"succeeded": 2, "queued": 1})
+    with kit.db.read() as connection:
+        assert "could not be recorded" in (reads.job(connection, two.ref).error or "")
+
+
+def test_a_lost_claim_s_picture_is_dropped(kit: Kit, recorder: Recorder, lost: list[Claim]) -> None:
+    batch = kit.batch(spec())
+    (ghost,) = kit.claim(batch, kit.session())
+    with kit.db.write() as connection:
+        jobs.requeue(connection, ghost, RenderFailed("expired"))
+    recorder.picture(ghost, PICTURE)
+    soon(lambda: lost == [ghost])
+    assert kit.states(batch) == {"queued": 1}
+
+
+class Flaky:
+    """A store that is away for the first `faults` writes."""
+
+    def __init__(self, real: BlobStore, faults: int) -> None:
+        self._real, self.faults = real, faults
+        self._lock = threading.Lock()
+
+    def put(self, key: str, data: bytes, content_type: str) -> None:
+        with self._lock:
+            self.faults -= 1
+            away = self.faults >= 0
+        if away:
+            raise StorageUnavailable("the store is away")
+        self._real.put(key, data, content_type)
+
+
+def keep(
+    kit: Kit, recorder: Recorder, tmp_path: Path, faults: int, pixels: np.ndarray = PIXELS
+) -> tuple[Keeper, Claim, BlobStore]:
+    real = open_blobs((tmp_path / "blobs").as_uri())
+    keeper = Keeper(Flaky(real, faults), Origin("fake", "ab" * 32), recorder)  # type: ignore[arg-type]
+    (claim,) = kit.claim(kit.batch(spec()), kit.session())
+    keeper.keep(claim, pixels, 0.1)
+    return keeper, claim, real
+
+
+def test_a_finished_picture_is_held_while_the_store_is_away(
+    kit: Kit, recorder: Recorder, tmp_path: Path
+) -> None:
+    keeper, claim, real = keep(kit, recorder, tmp_path, faults=2)
+    soon(lambda: state(kit, claim.ref) == "succeeded")
+    with kit.db.read() as connection:
+        job = reads.job(connection, claim.ref)
+    assert job.object_key
+    assert len(real.get(job.object_key)) == job.size_bytes
+    assert keeper.trouble == ""
+    keeper.close()
+
+
+def test_a_store_that_stays_away_costs_no_failure(
+    kit: Kit, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper_module, "PATIENCE_S", 0.0)
+    keeper, claim, _ = keep(kit, recorder, tmp_path, faults=1_000_000)
+    soon(lambda: state(kit, claim.ref) == "queued")
+    with kit.db.read() as connection:
+        job = reads.job(connection, claim.ref)
+    assert (job.failures, job.error_code) == (0, "ERR_STORAGE_UNAVAILABLE")
+    assert "away" in keeper.trouble
+    keeper.close()
+
+
+def test_pixels_of_a_wrong_size_fail_the_job_and_release_it(
+    kit: Kit, recorder: Recorder, tmp_path: Path
+) -> None:
+    keeper, claim, _ = keep(kit, recorder, tmp_path, faults=0, pixels=PIXELS[:32])
+    soon(lambda: state(kit, claim.ref) == "queued")
+    keeper.close()
+
+
+def test_the_heart_beats_passes_wishes_on_and_opens_anew_when_lost(kit: Kit) -> None:
+    batch = kit.batch(spec("a"), spec("b"))
+    wishes: set[JobRef] = set()
+    lost = threading.Event()
+    heart = Heart(
+        kit.db, LANE, 0.4, device="cpu", info={}, on_lost=lost.set, on_cancel=wishes.update,
+        told=lambda: sessions.Beat("rendering", "", 3, 0.5),
+    )  # fmt: skip
+    heart.start()
+    first = heart.session_id
+    claims = kit.claim(batch, first, limit=2)
+    with kit.db.write() as connection:
+        jobs.request_cancel(connection, batch, 1)
+    soon(lambda: wishes == {claims[1].ref})
+
+    def seen() -> list[sessions.Worker]:
+        with kit.db.read() as connection:
+            return sessions.live(connection)
+
+    soon(lambda: [w.rendered for w in seen()] == [3])
+    with kit.db.write() as connection:
+        sessions.close(connection, first, lost=True)
+    assert lost.wait(10)
+    soon(lambda: heart.session_id != first and len(seen()) == 1)
+    heart.stop()
+    assert seen() == []
