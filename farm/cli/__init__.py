@@ -99,6 +99,8 @@ def _broken_pipe() -> int:
 def _failed(error: Exception, as_json: bool) -> int:
     """Say what went wrong in one sentence; the exit code."""
     code, message, exit_code = _verdict(error)
+    if not message:  # help was shown instead
+        return exit_code
     rows = getattr(error, "errors", []) if isinstance(error, FarmError) else []
     if as_json:
         told = [{name: getattr(row, name) for name in row.__dataclass_fields__} for row in rows]
@@ -124,6 +126,8 @@ def _verdict(error: Any) -> tuple[str, str, int]:
         return "ERR_INTERRUPTED", "interrupted", 130
     if hasattr(error, "format_message"):  # typer's own: wrong usage
         usage = error.format_message().strip().rstrip(".")
+        if not usage:
+            return "ERR_USAGE", "", 2
         where = getattr(getattr(error, "ctx", None), "command_path", "farm")
         return "ERR_USAGE", f"{usage}; see `{where} --help`", 2
     if isinstance(error, OSError):

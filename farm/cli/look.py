@@ -10,6 +10,7 @@ import typer
 from farm.cli.context import BATCH_HELP, Json, examples, find_target, open_farm
 from farm.cli.follow import follow, summary, tell_unserved
 from farm.cli.output import (
+    clean,
     duration,
     hint,
     moment,
@@ -120,6 +121,10 @@ def _batch_hints(farm: Farm, batch: BatchStatus, failures: dict[str, int]) -> No
         hint(f"paused; go on: farm resume {batch.id}")
     elif batch.open:
         tell_unserved(farm, list(batch.by_model))
+        for worker in farm.workers():
+            if worker.model in batch.by_model and worker.note:
+                where = f"{clean(worker.host)}:{worker.pid}"
+                hint(f"worker {where} is {worker.state}: {short(worker.note, 200)}")
         hint(f"next: farm watch {batch.id}")
     elif batch.counts["succeeded"]:
         hint(f"next: farm results {batch.id} --out DIR")

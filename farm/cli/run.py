@@ -97,7 +97,7 @@ class _interruptible:
 
 def worker(
     model: Annotated[str, typer.Option("--model", "-m", help="See `farm models`.")],
-    engine: Annotated[str, typer.Option("--engine", "-e", help="diffusers or sdcpp.")],
+    engine: Annotated[str, typer.Option("--engine", "-e", help="Such as diffusers.")],
     device: Annotated[
         str | None, typer.Option("--device", "-d", help="Such as cuda, cuda:1 or cpu.")
     ] = None,

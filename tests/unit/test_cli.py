@@ -161,6 +161,14 @@ def test_help_needs_no_sql_and_no_celery() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("args", [[], ["config"], ["db"]])
+def test_nothing_said_shows_the_help(args: list[str], run: Run) -> None:
+    ran = run(*args)
+    assert ran.code == 2
+    assert "Usage: farm" in ran.out + ran.err
+    assert "error:" not in ran.out + ran.err
+
+
 def test_version(run: Run) -> None:
     assert re.fullmatch(r"farm \d+\.\d+\.\d+\S*\n", run("--version").out)
 
@@ -426,6 +434,17 @@ def test_workers(run: Run, client: Farm) -> None:
     assert re.search(r"shapes +diffusers +cuda:0 +here:7 +idle", run("workers").out)
     assert run("workers", "--json").json()[0]["info"] == {"torch": "2"}
     assert "no worker" not in run("submit", "x").err
+
+
+def test_status_says_why_a_worker_waits(run: Run, client: Farm) -> None:
+    run("submit", "x")
+    with client.db.write() as connection:
+        session = sessions.open_session(
+            connection, SHAPES, 60, host="here", pid=7, device="cpu", info={}
+        )
+        told = sessions.Beat(state="waiting", note="the disk is full\x1b[2J")
+        sessions.beat(connection, session, 60, told)
+    assert "worker here:7 is waiting: the disk is full\\x1b[2J" in run("status", "latest").err
 
 
 def test_models(run: Run, home: Path) -> None:
