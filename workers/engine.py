@@ -24,7 +24,6 @@ Pixels = NDArray[np.uint8]
 
 ENGINES: dict[str, str] = {
     "diffusers": "workers.engines.diffusers_engine:DiffusersEngine",
-    "sdcpp": "workers.engines.sdcpp_engine:SdcppEngine",
     "fake": "workers.engines.fake_engine:FakeEngine",
 }
 CUDA_MICRO_BATCH = 4
