@@ -105,12 +105,12 @@ class Settings(BaseSettings):
 
     @property
     def broker_socket(self) -> Path:
-        """The embedded server's unix socket; elsewhere if home's path is too long."""
+        """The embedded server's unix socket; in a directory of ours if home's path is too long."""
         path = self.home.resolve() / "broker.sock"
         if len(os.fsencode(path)) < SOCKET_PATH_LIMIT:
             return path
         name = hashlib.sha256(os.fsencode(self.home.resolve())).hexdigest()[:16]
-        return Path(tempfile.gettempdir()) / f"farm-{os.getuid()}-{name}.sock"
+        return Path(tempfile.gettempdir()) / f"farm-{os.getuid()}" / f"{name}.sock"
 
     @property
     def blobs(self) -> str:

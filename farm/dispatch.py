@@ -7,12 +7,15 @@ running jobs, then age), then the batch's next rows of one compatibility key.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from farm.broker import Broker
 from farm.catalog import Lane
 from farm.store import batches, jobs, sessions
 from farm.store.db import Database
 from farm.store.jobs import Claim
+
+if TYPE_CHECKING:  # Celery takes a quarter of a second to import; only who rings pays it
+    from farm.broker import Broker
 
 
 def claim_bundle(db: Database, session_id: str, lane: Lane, limit: int) -> list[Claim]:

@@ -182,6 +182,7 @@ class EmbeddedFarm:
         path, data = self.settings.broker_socket, self.home / "broker"
         argv = local_broker.command_line(path, data)
         data.mkdir(mode=0o700, exist_ok=True)
+        local_broker.own_directory(path.parent)
         local_broker.end_stale(path)
         self._group.broker = broker = self._child("broker", argv)
         broker.start(self._env)

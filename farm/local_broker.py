@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import socket
 import time
@@ -51,6 +52,13 @@ def command_line(socket_path: Path, directory: Path) -> list[str | Path]:
         "daemonize": "no",
     }
     return [program, *(word for key, value in options.items() for word in (f"--{key}", value))]
+
+
+def own_directory(directory: Path) -> None:
+    """Make it ours alone; raises BrokerUnavailable where somebody else's lies in the way."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if directory.stat().st_uid != os.getuid():
+        raise BrokerUnavailable(f"{directory} belongs to another user; set FARM_BROKER_URL")
 
 
 def ask(socket_path: Path, command: str) -> bytes:

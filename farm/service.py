@@ -18,11 +18,10 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from farm import dispatch, prompts, results
 from farm.blobs import BlobStore, S3Options, open_blobs
-from farm.broker import Broker
 from farm.catalog import Catalog, load_catalog
 from farm.config import Settings, load_settings
 from farm.errors import (
@@ -41,6 +40,9 @@ from farm.store.db import Database
 from farm.store.ids import JobRef
 from farm.store.reads import Job
 from farm.store.sessions import Worker
+
+if TYPE_CHECKING:  # looking at batches needs no Celery, which is slow to import
+    from farm.broker import Broker
 
 log = logging.getLogger(__name__)
 CHUNK = 5_000  # jobs in one transaction of a submit
@@ -68,6 +70,8 @@ class Farm:
 
     @cached_property
     def broker(self) -> Broker:
+        from farm.broker import Broker
+
         return Broker(self.settings.broker)
 
     @cached_property

@@ -48,7 +48,7 @@ class Database:
             args = {"connect_timeout": 5, "application_name": "farm"}
             return create_engine(url, pool_pre_ping=True, connect_args=args)
         if database and database != ":memory:":
-            Path(database).parent.mkdir(parents=True, exist_ok=True)
+            Path(database).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
         event.listen(engine, "connect", _sqlite_connect)
         event.listen(engine, "begin", _sqlite_begin)
