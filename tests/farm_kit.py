@@ -29,6 +29,13 @@ defaults = { width = 64, height = 64, steps = 4 }
 micro_batch = 4
 options = { seconds_per_step = 0.005 }
 
+[models.fake-fast]
+licence = "none"
+defaults = { width = 64, height = 64, steps = 1 }
+[models.fake-fast.engines.fake]
+micro_batch = 32
+options = { seconds_per_step = 0.0 }
+
 [models.fake-slow]
 licence = "none"
 defaults = { width = 64, height = 64, steps = 20 }

@@ -17,7 +17,7 @@ from farm.blobs import BlobStore
 from farm.broker import Broker
 from farm.catalog import Lane
 from farm.config import Settings
-from farm.errors import EngineFault, EnvironmentFault, FarmError, JobCancelled
+from farm.errors import EngineCrashed, EngineFault, EnvironmentFault, FarmError, JobCancelled
 from farm.pictures import Origin
 from farm.store.db import Database
 from farm.store.ids import JobRef
@@ -108,8 +108,11 @@ class Runner:
 
     def _claim_and_ring(self) -> list[Claim]:
         bundle = self._next_bundle()
-        if bundle:
-            self.ring()
+        try:
+            if bundle:
+                self.ring()
+        except Exception:  # a claimed bundle must not be forgotten for a bell
+            log.exception("no ring")
         return bundle
 
     def _render(self, bundle: list[Claim]) -> list[Claim]:
@@ -127,8 +130,9 @@ class Runner:
                 self._take(event, bundle, open_ids, started)
                 if upcoming is None and len(started) == len(bundle):
                     upcoming = self._claims.submit(self._claim_and_ring)
-        except EngineFault as error:
-            self._engine_died(error, [(bundle[i], i in started) for i in sorted(open_ids)])
+        except Exception as error:
+            left = [(bundle[i], i in started) for i in sorted(open_ids)]
+            self._engine_died(_as_fault(error), left)
         finally:
             self._enter([])
         self._measure(time.monotonic() - begin, self._rendered - before)
@@ -239,3 +243,11 @@ class Runner:
             log.warning("the database is away; what was not recorded is rendered again")
         self._heart.stop()
         self._child.close()
+
+
+def _as_fault(error: Exception) -> EngineFault:
+    """Whatever went wrong in the render loop: the child is replaced and nothing stays held."""
+    if isinstance(error, EngineFault):
+        return error
+    log.error("the render loop stumbled", exc_info=error)
+    return EngineCrashed(f"{type(error).__name__}: {error}")
