@@ -35,8 +35,8 @@ from workers.demo.shapes import (
     triples,
 )
 
-STEPS = 8
-GUIDANCE = 3.0
+STEPS = 6
+GUIDANCE = 2.0
 """The settings that the model card recommends."""
 
 UNREAD = "?"
@@ -46,7 +46,9 @@ COLOUR_REACH = 0.2
 PURITY = 0.75
 """Least part of an area's pixels that must carry the name that the area gets."""
 LEAST_FIT = 0.8
-"""Least overlap (intersection over union) with an ideal outline."""
+"""Least overlap (intersection over union) with an ideal outline that names a shape."""
+LEAST_EXTENT = 0.6
+"""Least overlap that still gives a size and a place, the shape being unclear."""
 PLACE_REACH = 0.17
 """Largest distance from a nominal centre, in half picture widths."""
 SIZE_BOUNDS = (
@@ -161,9 +163,11 @@ def read(picture: Bytes) -> Reading:
     fits = {shape: _fit(cover, shape) for shape in SHAPES}
     shape = max(fits, key=lambda s: fits[s][0])
     fit, radius, centre = fits[shape]
-    if fit < LEAST_FIT:
+    if fit < LEAST_EXTENT:
         return Reading(colour, UNREAD, background, fit=fit)
-    return Reading(colour, shape, background, _size(radius), _place(centre), fit, radius, centre)
+    size, place = _size(radius), _place(centre)
+    named = shape if fit >= LEAST_FIT else UNREAD
+    return Reading(colour, named, background, size, place, fit, radius, centre)
 
 
 # -------------------------------------------------------------- exam of a model

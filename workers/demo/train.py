@@ -1,6 +1,6 @@
 """Train the demo model from nothing on a processor.
 
-    python -m workers.demo.train --out DIR                 all stages, about 75 minutes on one core
+    python -m workers.demo.train --out DIR                 all stages, about 80 minutes on one core
     python -m workers.demo.train --out DIR --stage decoder the stages one by one; the first two
     python -m workers.demo.train --out DIR --stage unet    may run side by side
     python -m workers.demo.train --out DIR --stage assemble
@@ -27,7 +27,7 @@ from torch.nn import functional
 from workers.demo import network, shapes
 
 STAGES = ("decoder", "unet", "assemble")
-MINUTES = {"decoder": 10.0, "unet": 61.0, "assemble": 0.0}
+MINUTES = {"decoder": 16.0, "unet": 61.0, "assemble": 0.0}
 SAVE_EVERY = 180.0
 """Seconds between two checkpoints."""
 LATENT_NOISE = 0.12
