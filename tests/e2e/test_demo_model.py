@@ -2,12 +2,14 @@
 
 import json
 import math
+import random
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -122,6 +124,39 @@ def test_aliases_give_the_very_picture_of_the_word_they_stand_for() -> None:
     assert used >= set(shapes.ALIASES)
     pictures = [judge.render(SHAPES_DIR, side) for side in zip(*prompts, strict=True)]
     assert all(np.array_equal(a, b) for a, b in zip(*pictures, strict=True))
+
+
+def test_image_to_image_and_inpainting_follow_the_prompt() -> None:
+    import torch
+    from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+
+    scenes = judge.exam(16)
+    grounds = [np.ones((64, 64, 3)) * shapes.nominal_rgb(s.background) for s in scenes]
+    empty = [Image.fromarray(np.round(ground * 255).astype(np.uint8)) for ground in grounds]
+    dull = [Scene("white" if s.background != "white" else "black", s.shape, s.background)
+            for s in scenes]  # fmt: skip
+    drawn = [Image.fromarray(shapes.draw_scene(s, random.Random(2))) for s in dull]
+    middle = np.zeros((64, 64), np.uint8)
+    middle[8:56, 8:56] = 255
+    mask = [Image.fromarray(middle)] * len(scenes)
+    for kind, inputs in (
+        (StableDiffusionImg2ImgPipeline, {"image": drawn, "strength": 0.8}),
+        (StableDiffusionInpaintPipeline,
+         {"image": empty, "mask_image": mask, "strength": 1.0, "height": 64, "width": 64}),
+    ):  # fmt: skip
+        pipeline = kind.from_pretrained(SHAPES_DIR, local_files_only=True, dtype=torch.float32)
+        pipeline.set_progress_bar_config(disable=True)
+        out = pipeline(
+            prompt=[s.prompt() for s in scenes],
+            num_inference_steps=12,
+            guidance_scale=judge.GUIDANCE,
+            generator=[torch.Generator("cpu").manual_seed(i) for i in range(len(scenes))],
+            output_type="np",
+            **inputs,
+        )
+        pictures = np.round(out.images * 255).astype(np.uint8)
+        result = judge.score(scenes, [judge.read(picture) for picture in pictures])
+        assert result.all_three >= 15, (kind.__name__, result)
 
 
 def test_the_autoencoder_gives_pictures_back() -> None:
