@@ -53,7 +53,7 @@ bench: $(VENV)/.dev ## Measure what the farm costs beside the work; ARGS=--write
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 demo-model: $(VENV)/.farm ## Train the demo model anew (more than an hour on two cores)
-	$(BIN)/python -m workers.demo.train --out farm/demo/shapes
+	$(BIN)/python -m workers.demo.train --out farm/demo/shapes --work build/demo-model
 
 clean: ## Remove what the demo and the tests left here (not .venv)
 	rm -rf farm-data .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

@@ -53,6 +53,7 @@ class Weights(_Entry):
     variant: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     micro_batch: Annotated[int, Field(ge=1, le=256)] | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None  # CPU threads; None: the engine's
     options: dict[str, Any] = {}
 
     @model_validator(mode="after")
@@ -106,9 +107,9 @@ class ModelEntry(_Entry):
 DEMO = ModelEntry(
     licence="apache-2.0",
     description="coloured shapes on coloured backgrounds, 64x64; ships with the farm",
-    defaults=Defaults(width=64, height=64, steps=20, guidance_scale=4.0),
+    defaults=Defaults(width=64, height=64, steps=6, guidance_scale=2.0),
     max_side=64,
-    engines={"diffusers": Weights(path=SHAPES_DIR, dtype="float32", micro_batch=8)},
+    engines={"diffusers": Weights(path=SHAPES_DIR, dtype="float32", micro_batch=8, threads=1)},
 )
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # Celery takes a quarter of a second to import; only who ring
 def claim_bundle(db: Database, session_id: str, lane: Lane, limit: int) -> list[Claim]:
     """The lane's next bundle, at most `limit` jobs of one key, in one short transaction."""
     with db.write() as connection:
+        if not sessions.is_open(connection, session_id):
+            return []
         for batch in batches.candidates(connection, lane.model):
             bundle = jobs.claim(connection, batch.id, batch.params, session_id, lane, limit)
             if bundle:

@@ -9,27 +9,37 @@ import logging
 
 from farm.config import Settings
 from farm.errors import WorkerLost
-from farm.store import jobs, sessions
+from farm.store import batches, jobs, sessions
 from farm.store.db import Database
 from farm.verdict import give_back, settle_failure
 
 log = logging.getLogger(__name__)
+HALF_SUBMITTED_S = 86_400.0  # a batch whose submitter is silent for a day is removed
 
 
-def reconcile(db: Database, settings: Settings) -> int:
+def reconcile(db: Database, settings: Settings, patience_s: float = 0.0) -> int:
     """Release what expired or ended sessions hold; the number of jobs moved.
 
+    `patience_s`: time that sessions get beyond their expiry, for workers that could not beat.
     Safe to run from several places at once: each move is guarded by session and claim.
     """
     with db.read() as connection:
-        dead = sessions.expired(connection) + sessions.orphaned(connection)
-    return sum(_release(db, session_id, settings) for session_id in dead)
+        silent = sessions.expired(connection, patience_s)
+        ended = sessions.orphaned(connection)
+        abandoned = batches.abandoned(connection, HALF_SUBMITTED_S)
+    for batch_id in abandoned:
+        log.warning("batch %s was never submitted whole; it is removed", batch_id)
+        with db.write() as connection:
+            batches.remove(connection, batch_id)
+    lost = sum(_release(db, session_id, settings, expired=True) for session_id in silent)
+    return lost + sum(_release(db, session_id, settings, expired=False) for session_id in ended)
 
 
-def _release(db: Database, session_id: str, settings: Settings) -> int:
+def _release(db: Database, session_id: str, settings: Settings, *, expired: bool) -> int:
     moved = 0
     with db.write() as connection:
-        lost = sessions.close(connection, session_id, lost=True)
+        if expired and not sessions.close_lost(connection, session_id):
+            return 0
         holding = jobs.held_by(connection, session_id)
         jobs.lock(connection, [held for held, _ in holding])
         for held, started in holding:
@@ -37,6 +47,6 @@ def _release(db: Database, session_id: str, settings: Settings) -> int:
                 moved += settle_failure(connection, held, WorkerLost(), settings)
             else:
                 moved += give_back(connection, held, "its worker was lost before the render began")
-    if lost:
+    if expired:
         log.warning("session %s expired; %d jobs went back", session_id, moved)
     return moved

@@ -25,7 +25,8 @@ from farm.blobs import BlobStore, S3Options, open_blobs
 from farm.catalog import Catalog, load_catalog
 from farm.config import Settings, load_settings
 from farm.errors import (
-    BrokerUnavailable,
+    DatabaseUnavailable,
+    EnvironmentFault,
     InvalidConfig,
     InvalidParameter,
     InvalidPromptFile,
@@ -151,12 +152,18 @@ class Farm:
             while chunk:
                 with self.db.write() as connection:
                     jobs.insert(connection, batch_id, total, chunk, shared)
+                    batches.touch(connection, batch_id)
                 total += len(chunk)
                 chunk = list(islice(stream, CHUNK))
             with self.db.write() as connection:
                 batches.release(connection, batch_id, total)
         self._ring()
-        return self.status(batch_id)
+        try:
+            return self.status(batch_id)
+        except DatabaseUnavailable as error:
+            raise DatabaseUnavailable(
+                f"batch {batch_id} is queued whole, but: {error.message}"
+            ) from error
 
     def default_model(self) -> str:
         """The model of jobs that name none: the one that workers serve, else the demo model."""
@@ -168,7 +175,7 @@ class Farm:
         """Best effort: the jobs are safe in SQL, and the dispatcher rings on its next tick."""
         try:
             dispatch.ring(self.db, self.broker, None, self.settings.tokens_per_worker)
-        except BrokerUnavailable as error:
+        except EnvironmentFault as error:
             log.warning("%s; the jobs are queued and start when it is back", error.message)
 
     # ---- look
@@ -270,6 +277,7 @@ class Farm:
 
     def cancel(self, batch_id: str, idx: int | None = None) -> tuple[int, int]:
         """Cancel a batch or one job of it: (cancelled at once, running ones asked to stop)."""
+        self.status(batch_id)  # NotFound
         cancelled = asked = 0
         while True:
             with self.db.write() as connection:
@@ -287,6 +295,7 @@ class Farm:
         code: str | None = None,
     ) -> int:
         """Queue failed (and cancelled) jobs again, those of one error code if given; how many."""
+        self.status(batch_id)  # NotFound
         states = [JobState.FAILED] + ([JobState.CANCELLED] if cancelled else [])
         total = 0
         while True:
@@ -300,6 +309,7 @@ class Farm:
 
     def pause(self, batch_id: str, paused: bool = True) -> None:
         """Stop (or go on) handing out a batch's queued jobs; running ones finish."""
+        self.status(batch_id)  # NotFound
         with self.db.write() as connection:
             batches.set_paused(connection, batch_id, paused)
         if not paused:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from sqlalchemy import Connection
 
 from farm.config import Settings
-from farm.errors import EngineFault, EnvironmentFault, FarmError, Invalid, JobCancelled, OutOfMemory
+from farm.errors import (
+    EngineFault,
+    EnvironmentFault,
+    FarmError,
+    Invalid,
+    JobCancelled,
+    OutOfMemory,
+    WorkerLost,
+)
 from farm.store import jobs
 from farm.store.jobs import Claim
 
@@ -17,13 +25,14 @@ def settle_failure(
 ) -> bool:
     """Move a running job on by the class of its error; False: the claim was lost."""
     if isinstance(error, JobCancelled):
-        return jobs.cancel_running(connection, held)
+        return jobs.requeue(connection, held, error)  # cancelled, if a person did ask for it
     if isinstance(error, Invalid | OutOfMemory):
         return jobs.fail(connection, held, error)
     delay = min(settings.retry_delay_s * 2.0**held.failures, MAX_DELAY_S)
     if isinstance(error, EnvironmentFault):
         return jobs.requeue(connection, held, error, delay_s=delay)
-    if held.failures + 1 >= settings.max_failures:
+    killer = held.suspect and isinstance(error, EngineFault) and not isinstance(error, WorkerLost)
+    if killer or held.failures + 1 >= settings.max_failures:
         return jobs.fail(connection, held, error)
     if isinstance(error, EngineFault):
         return jobs.requeue(connection, held, error, count=True, suspect=True)

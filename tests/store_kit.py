@@ -52,11 +52,13 @@ class Kit:
                 connection, lane, ttl_s, host="h", pid=1, device="cpu", info={}
             )
 
-    def claim(self, batch_id: str, session_id: str, limit: int = 1) -> list[Claim]:
+    def claim(
+        self, batch_id: str, session_id: str, limit: int = 1, lane: Lane = LANE
+    ) -> list[Claim]:
         with self.db.write() as connection:
             mine = select(batches_table.c.params).where(batches_table.c.id == batch_id)
             params = connection.scalars(mine).one()
-            return jobs.claim(connection, batch_id, params, session_id, LANE, limit)
+            return jobs.claim(connection, batch_id, params, session_id, lane, limit)
 
     def states(self, batch_id: str) -> dict[str, int]:
         """The counters, checked against a full count."""

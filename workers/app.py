@@ -5,20 +5,24 @@ from __future__ import annotations
 import argparse
 import logging
 import shutil
+import signal
 import sys
 import tempfile
+import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from celery import signals
+from celery.platforms import SecurityWarning
 from celery.worker import state as celery_state
 
 from farm.blobs import open_blobs
 from farm.broker import TASK, Broker
 from farm.catalog import Lane, load_catalog
 from farm.config import load_settings
-from farm.errors import FarmError
+from farm.errors import DatabaseUnavailable, FarmError
 from farm.service import Farm, s3_options
 from workers.child import Child
 from workers.engine import EngineConfig
@@ -41,12 +45,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; 0 after a clean drain, 1 when the engine cannot run."""
     args = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until Celery takes over
     logs = Path(tempfile.mkdtemp(prefix="farm-worker-"))
     try:
         return _serve(args, logs / "engine.log")
     except FarmError as error:
         print(f"error: {error.message} ({error.code})", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     finally:
         shutil.rmtree(logs, ignore_errors=True)
 
@@ -56,18 +63,21 @@ def _serve(args: argparse.Namespace, engine_log: Path) -> int:
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
+    warnings.simplefilter("ignore", SecurityWarning)  # of root and pickle; ours is JSON only
     logging.getLogger("celery").setLevel(max(logging.WARNING, logging.root.level))
     lane = Lane(args.model, args.engine)
+    weights = load_catalog(settings.catalog_path).weights(lane)
     config = EngineConfig(
         engine=lane.engine,
         model=lane.model,
-        weights=_weights(settings.catalog_path, lane),
+        weights=weights,
         device=args.device,
         micro_batch=args.micro_batch,
         strict=args.strict,
-        threads=args.threads,
+        threads=args.threads or weights.threads,
     )
     farm = Farm(settings)
+    _await_schema(farm)
     child = Child(
         config,
         load_timeout_s=settings.load_timeout_s,
@@ -86,8 +96,16 @@ def _serve(args: argparse.Namespace, engine_log: Path) -> int:
         blobs.close()
 
 
-def _weights(path: Path | None, lane: Lane) -> Any:
-    return load_catalog(path).weights(lane)
+def _await_schema(farm: Farm) -> None:
+    """Raises InvalidConfig for a database of another schema; waits for one that is away."""
+    wait = 0.5
+    while True:
+        try:
+            return farm.check_schema()
+        except DatabaseUnavailable as error:
+            log.warning("%s; trying again", error.message)
+            wait = min(wait * 2, 10.0)
+            time.sleep(wait)
 
 
 def _consume(broker: Broker, lane: Lane, runner: Runner) -> int:
@@ -120,7 +138,7 @@ def _consume(broker: Broker, lane: Lane, runner: Runner) -> int:
     )
     runner.ring()
     worker.start()
-    return 1 if runner.broken.is_set() else 0
+    return 1 if runner.broken.is_set() else int(worker.exitcode or 0)
 
 
 def _keep_logging(**_: Any) -> None:

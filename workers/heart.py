@@ -17,6 +17,7 @@ from farm.store.ids import JobRef
 from farm.store.sessions import Beat
 
 log = logging.getLogger(__name__)
+JOIN_S = 5.0
 LOOK_S = 1.0  # how often a busy worker looks for cancelled jobs
 
 
@@ -40,6 +41,7 @@ class Heart:
         self._told, self._on_cancel, self._on_lost = told, on_cancel, on_lost
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
+        self._trouble = ""
         self.session_id = ""
 
     def start(self) -> None:
@@ -77,12 +79,15 @@ class Heart:
             told = self._told()
             try:
                 if since >= beat_every:
-                    since = 0
                     self._beat(told)
+                    since = 0  # only now: a beat that failed is tried again at once
                 if told.state != "idle":
                     self._look()
+                self._trouble = ""
             except DatabaseUnavailable as error:
-                log.warning("no heartbeat: %s", error.message)
+                if not self._trouble:
+                    log.warning("no heartbeat: %s", error.message)
+                self._trouble = error.code
             except Exception:
                 log.exception("the heartbeat stumbled")
 
@@ -103,7 +108,7 @@ class Heart:
         """Stop beating and end the session."""
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(JOIN_S)
         if self.session_id:
             try:
                 with self._db.write() as connection:

@@ -7,10 +7,11 @@ import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from farm.blobs import BlobStore
-from farm.errors import EnvironmentFault, FarmError, RenderFailed
+from farm.errors import EnvironmentFault, FarmError, RenderFailed, StorageUnavailable
 from farm.pictures import CONTENT_TYPES, Origin, encode, object_key, sha256
 from farm.store.jobs import Claim, Picture
 from workers.recorder import Recorder
@@ -32,7 +33,10 @@ class Keeper:
         self.trouble = ""
 
     def keep(self, claim: Claim, pixels: Any, render_s: float) -> None:
-        """Store `pixels` (uint8, height x width x 3) as the job's picture; returns at once."""
+        """Store `pixels` (uint8, height x width x 3) as the job's picture.
+
+        Returns at once, unless too many pictures wait for the blob store already.
+        """
         self._room.acquire()
         future = self._pool.submit(self._keep, claim, pixels, render_s)
         future.add_done_callback(lambda _: self._room.release())
@@ -60,6 +64,8 @@ class Keeper:
     def _put(self, key: str, data: bytes, content_type: str) -> None:
         until, pause = time.monotonic() + PATIENCE_S, 0.2
         while True:
+            if self._closing.is_set() and self.trouble:
+                raise StorageUnavailable(self.trouble)
             try:
                 self._blobs.put(key, data, content_type)
                 if self.trouble:
@@ -76,14 +82,22 @@ class Keeper:
             pause = min(pause * 2, 5.0)
 
     def drop(self, claim: Claim, picture: Picture) -> None:
-        """Delete the object of a claim that was lost; nothing refers to it."""
+        """Delete, in a thread, the object of a claim that was lost; nothing refers to it."""
+        with suppress(RuntimeError):  # closed already: the object is left over, and harmless
+            self._pool.submit(self._drop, claim, picture)
+
+    def _drop(self, claim: Claim, picture: Picture) -> None:
         log.info("job %s was given to another; its picture is dropped", claim.ref)
         try:
             self._blobs.delete([picture.object_key])
         except EnvironmentFault as error:
             log.warning("%s is left over: %s", picture.object_key, error.message)
 
+    def hurry(self) -> None:
+        """Wait no longer for a store that is away."""
+        self._closing.set()
+
     def close(self) -> None:
         """Finish what is under way; a store that is away is not waited for."""
-        self._closing.set()
+        self.hurry()
         self._pool.shutdown(wait=True)

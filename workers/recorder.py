@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from sqlalchemy import Connection
@@ -19,8 +20,8 @@ from farm.store.jobs import Claim, Picture
 from farm.verdict import give_back, settle_failure
 
 log = logging.getLogger(__name__)
-GROUP = 64  # records written at once, at most ...
-WAIT_S = 0.25  # ... or after so long
+GROUP = 64  # so many records are written at once ...
+WAIT_S = 0.25  # ... or what there is after so long
 MAX_BACKOFF_S = 5.0
 
 
@@ -32,9 +33,11 @@ class _Group:
     failures: list[tuple[Claim, FarmError]] = field(default_factory=list)
     back: list[tuple[Claim, str]] = field(default_factory=list)
 
+    def ended(self) -> list[Claim]:
+        return [claim for claim, _ in (*self.pictures, *self.failures, *self.back)]
+
     def claims(self) -> list[Claim]:
-        pairs = (*self.pictures, *self.failures, *self.back)
-        return [*self.started, *self.progress, *(claim for claim, _ in pairs)]
+        return [*self.started, *self.progress, *self.ended()]
 
     def __len__(self) -> int:
         parts = (self.started, self.progress, self.pictures, self.failures, self.back)
@@ -42,12 +45,20 @@ class _Group:
 
 
 class Recorder:
-    """Collects records from any thread; `lost` is called with each picture whose claim was lost."""
+    """Collects records from any thread.
+
+    `settled` is called with the claims whose end is recorded, or whose claim was lost; `lost` with
+    each picture of a lost claim.
+    """
 
     def __init__(
-        self, db: Database, settings: Settings, lost: Callable[[Claim, Picture], None]
+        self,
+        db: Database,
+        settings: Settings,
+        lost: Callable[[Claim, Picture], None],
+        settled: Callable[[list[Claim]], None] = lambda claims: None,
     ) -> None:
-        self._db, self._settings, self._lost = db, settings, lost
+        self._db, self._settings, self._lost, self._settled = db, settings, lost, settled
         self._changed = threading.Condition()
         self._group = _Group()
         self._closing = False
@@ -94,27 +105,34 @@ class Recorder:
 
     def _write(self, group: _Group) -> None:
         try:
-            self._commit(group)
+            self._record(group)
         except Exception:
             log.exception("a group of %d records was refused; writing them singly", len(group))
             self._write_singly(group)
 
-    def _commit(self, group: _Group) -> None:
+    def _record(self, group: _Group) -> None:
+        """Commit, then tell who must know; raises only where nothing was committed."""
+        recorded = self._commit(group)
+        try:
+            for claim, picture in group.pictures:
+                if claim.ref not in recorded:
+                    self._lost(claim, picture)
+            self._settled(group.ended())
+        except Exception:
+            log.exception("after a record")
+
+    def _commit(self, group: _Group) -> set[JobRef]:
         """One transaction, tried until the database is there; any other error is raised."""
         wait = 0.1
         while True:
             try:
                 with self._db.write() as connection:
-                    recorded = self._apply(connection, group)
-                break
+                    return self._apply(connection, group)
             except DatabaseUnavailable as error:
                 if wait == MAX_BACKOFF_S:
                     log.warning("%s; %d records wait for it", error.message, len(group))
                 wait = min(wait * 2, MAX_BACKOFF_S)
                 time.sleep(wait)
-        for claim, picture in group.pictures:
-            if claim.ref not in recorded:
-                self._lost(claim, picture)
 
     def _apply(self, connection: Connection, group: _Group) -> set[JobRef]:
         jobs.lock(connection, group.claims())
@@ -135,8 +153,10 @@ class Recorder:
         for single in singles:
             (claim,) = single.claims()
             try:
-                self._commit(single)
+                self._record(single)
             except Exception as error:
                 log.exception("job %s could not be recorded", claim.ref)
                 what = RenderFailed(f"could not be recorded: {type(error).__name__}")
-                self._commit(_Group(failures=[(claim, what)]))
+                with suppress(Exception):  # else the runner's sweep gives it back
+                    self._record(_Group(failures=[(claim, what)]))
+                self._settled([claim])

@@ -1,14 +1,14 @@
 """A worker's work: claim -> render -> store -> settle, on each token of its lane.
 
 The render loop talks to the engine's child; threads beside it store pictures (Keeper), write
-records (Recorder), beat (Heart) and claim the next bundle while the present one renders.
+records (Recorder), beat (Heart) and claim the next bundle while the present one renders (Claims).
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 
@@ -17,21 +17,23 @@ from farm.blobs import BlobStore
 from farm.broker import Broker
 from farm.catalog import Lane
 from farm.config import Settings
-from farm.errors import EngineCrashed, EngineFault, EnvironmentFault, FarmError, JobCancelled
+from farm.errors import EngineCrashed, EngineFault, JobCancelled
 from farm.pictures import Origin
 from farm.store.db import Database
 from farm.store.ids import JobRef
-from farm.store.jobs import Claim
+from farm.store.jobs import Claim, Picture
 from farm.store.sessions import Beat
 from workers.child import Child
+from workers.claims import Claims
 from workers.engine import EngineConfig, EngineInfo
 from workers.heart import Heart
 from workers.keeper import Keeper
-from workers.messages import Cap, Failed, GivenBack, Progress, Rendered, Started
+from workers.messages import Cap, Event, Failed, GivenBack, Progress, Rendered, Started
 from workers.recorder import Recorder
 
 log = logging.getLogger(__name__)
 MOST_CRASHES = 3  # of the engine in a row, without a picture between
+HARD_STOP_S = 8.0  # after the grace: whatever hangs, the process ends
 SHUTDOWN = "its worker was shut down"
 
 
@@ -50,7 +52,8 @@ class Runner:
         self.lane = Lane(config.model, config.engine)
         self._child, self._settings, self._db = child, settings, db
         self._broker, self._blobs = broker, blobs
-        self._claims = ThreadPoolExecutor(1, thread_name_prefix="claims")
+        self._claims = Claims(db, self.lane, lambda: self._heart.session_id)
+        self._prefetch = ThreadPoolExecutor(1, thread_name_prefix="claims")
         self._stopping, self.broken = threading.Event(), threading.Event()
         self._bundle_lock = threading.Lock()
         self._bundle: list[Claim] = []  # under way in the child
@@ -63,7 +66,7 @@ class Runner:
         info = self._child.start()
         self._micro_batch = info.micro_batch
         origin = Origin(self.lane.engine, info.weights_sha256)
-        self._recorder = Recorder(self._db, self._settings, self._drop)
+        self._recorder = Recorder(self._db, self._settings, self._drop, self._claims.forget)
         self._keeper = Keeper(self._blobs, origin, self._recorder)
         self._heart = Heart(
             self._db,
@@ -79,11 +82,11 @@ class Runner:
         return info
 
     def ring(self) -> None:
-        """Ask for tokens of this lane: there may be work from before this worker lived."""
+        """Ask for tokens of this lane, best effort: there may be work that nobody rang for."""
         try:
             dispatch.ring_lane(self._db, self._broker, self.lane, self._settings.tokens_per_worker)
-        except EnvironmentFault as error:
-            log.warning("no ring: %s", error.message)
+        except Exception as error:  # a claimed bundle must not be forgotten for a bell
+            log.warning("no ring: %s", error)
 
     # ---- the way of a bundle
 
@@ -99,50 +102,52 @@ class Runner:
             return []
         most = self._settings.bundle_max
         size = dispatch.bundle_size(self._speed, self._settings.bundle_seconds, most)
-        size = min(max(size, self._micro_batch), most)
-        try:
-            return dispatch.claim_bundle(self._db, self._heart.session_id, self.lane, size)
-        except EnvironmentFault as error:
-            log.warning("no claim: %s", error.message)
-            return []
+        return self._claims.next(min(max(size, self._micro_batch), most))
 
     def _claim_and_ring(self) -> list[Claim]:
         bundle = self._next_bundle()
-        try:
-            if bundle:
-                self.ring()
-        except Exception:  # a claimed bundle must not be forgotten for a bell
-            log.exception("no ring")
+        if bundle:
+            self.ring()
         return bundle
 
     def _render(self, bundle: list[Claim]) -> list[Claim]:
         """Render one bundle; returns the next, claimed meanwhile."""
-        unwanted = [claim for claim in bundle if claim.ref in self._unwanted]
-        for claim in unwanted:
-            self._recorder.failure(claim, JobCancelled())
-        bundle = [claim for claim in bundle if claim not in unwanted]
-        upcoming: Future[list[Claim]] | None = None
+        bundle = self._wanted(bundle)
         open_ids, started = set(range(len(bundle))), set[int]()
+        upcoming: Future[list[Claim]] | None = None
         self._enter(bundle)
-        begin, before = time.monotonic(), self._rendered
         try:
-            for event in self._child.render([claim.spec for claim in bundle]) if bundle else ():
+            for event in self._child.render([claim.spec for claim in bundle]):
                 self._take(event, bundle, open_ids, started)
                 if upcoming is None and len(started) == len(bundle):
-                    upcoming = self._claims.submit(self._claim_and_ring)
+                    upcoming = self._prefetch.submit(self._claim_and_ring)
         except Exception as error:
             left = [(bundle[i], i in started) for i in sorted(open_ids)]
             self._engine_died(_as_fault(error), left)
+            open_ids.clear()
         finally:
+            self._give_back([bundle[i] for i in sorted(open_ids)], "its render ended unsaid")
             self._enter([])
-        self._measure(time.monotonic() - begin, self._rendered - before)
-        if self.broken.is_set():
-            self._give_back(upcoming.result() if upcoming else [], "its worker's engine broke")
-            return []
-        return upcoming.result() if upcoming else self._next_bundle()
+        following = upcoming.result() if upcoming else self._next_bundle()
+        if not self.broken.is_set():
+            return following
+        self._give_back(following, "its worker's engine broke")
+        return []
+
+    def _wanted(self, bundle: list[Claim]) -> list[Claim]:
+        """The bundle without what was cancelled, or whose session was lost, meanwhile."""
+        with self._bundle_lock:
+            unwanted = {claim for claim in bundle if claim.ref in self._unwanted}
+            self._unwanted -= {claim.ref for claim in bundle}
+        stale = {claim for claim in bundle if claim.session_id != self._heart.session_id}
+        for claim in unwanted:
+            self._recorder.failure(claim, JobCancelled())
+        for claim in stale - unwanted:
+            self._recorder.back(claim, "its worker's session was lost")
+        return [claim for claim in bundle if claim not in unwanted | stale]
 
     def _take(
-        self, event: object, bundle: list[Claim], open_ids: set[int], started: set[int]
+        self, event: Event, bundle: list[Claim], open_ids: set[int], started: set[int]
     ) -> None:
         match event:
             case Started(ids):
@@ -151,18 +156,19 @@ class Runner:
             case Progress(ids, fraction):
                 self._recorder.progress([bundle[i] for i in ids], fraction)
             case Rendered(id, pixels, seconds, _):
+                self._keeper.keep(bundle[id], pixels, seconds)
                 open_ids.discard(id)
                 self._rendered += 1
                 self._crashes = 0
-                self._keeper.keep(bundle[id], pixels, seconds)
+                self._speed = seconds if self._speed is None else (3 * self._speed + seconds) / 4
             case Failed(id, error):
-                open_ids.discard(id)
-                started.add(id)
                 self._recorder.failure(bundle[id], error)
-            case GivenBack(id):
                 open_ids.discard(id)
                 started.add(id)
+            case GivenBack(id):
                 self._recorder.back(bundle[id], SHUTDOWN)
+                open_ids.discard(id)
+                started.add(id)
             case Cap(n):
                 log.warning("out of memory: micro-batches of at most %d from now on", n)
                 self._micro_batch = n
@@ -178,24 +184,21 @@ class Runner:
         if stopping:
             return
         log.error("%s; starting a new engine", error.message)
-        self._crashes += 1
+        if not (len(left) == 1 and left[0][0].suspect):  # else the job is to blame
+            self._crashes += 1
         try:
             if self._crashes > MOST_CRASHES:
                 raise EngineFault(f"the engine died {self._crashes} times in a row")
             self._micro_batch = self._child.start().micro_batch
-        except FarmError as again:
-            log.critical("the worker stops: %s", again.message)
-            self.broken.set()
-            self._stopping.set()
+        except Exception as again:
+            if not self._stopping.is_set():
+                log.critical("the worker stops: %s", again)
+                self.broken.set()
+                self._stopping.set()
 
     def _give_back(self, bundle: list[Claim], why: str) -> None:
         for claim in bundle:
             self._recorder.back(claim, why)
-
-    def _measure(self, seconds: float, pictures: int) -> None:
-        if pictures:
-            now = seconds / pictures
-            self._speed = now if self._speed is None else (self._speed + now) / 2
 
     def _enter(self, bundle: list[Claim]) -> None:
         with self._bundle_lock:
@@ -205,14 +208,14 @@ class Runner:
     # ---- called from other threads
 
     def _told(self) -> Beat:
-        busy = "rendering" if self._bundle else "idle"
-        trouble = self._keeper.trouble
-        return Beat("waiting" if trouble else busy, trouble, self._rendered, self._speed)
+        trouble = self._keeper.trouble if self._bundle else ""
+        state = "waiting" if trouble else "rendering" if self._bundle else "idle"
+        return Beat(state, trouble, self._rendered, self._speed)
 
     def _cancel(self, refs: set[JobRef]) -> None:
         with self._bundle_lock:
             ids = [i for i, claim in enumerate(self._bundle) if claim.ref in refs]
-            self._unwanted = refs
+            self._unwanted = set(refs)
             if ids:
                 self._child.cancel(ids)
 
@@ -220,8 +223,8 @@ class Runner:
         """The session was lost: rendering on would be for nothing."""
         self._cancel({claim.ref for claim in self._bundle})
 
-    def _drop(self, claim: Claim, picture: object) -> None:
-        self._keeper.drop(claim, picture)  # type: ignore[arg-type]
+    def _drop(self, claim: Claim, picture: Picture) -> None:
+        self._keeper.drop(claim, picture)
 
     def stop(self) -> None:
         """Take no more work: finish the pictures under way, give the rest back."""
@@ -229,20 +232,28 @@ class Runner:
             return
         log.info("stopping: the pictures under way are finished, the rest goes back")
         self._stopping.set()
+        grace = self._settings.shutdown_grace_s
+        for after_s, do in ((grace, self._child.kill), (grace + HARD_STOP_S, _hard_stop)):
+            timer = threading.Timer(after_s, do)
+            timer.daemon = True
+            timer.start()
+        self._keeper.hurry()
         self._child.stop_after_current()
-        timer = threading.Timer(self._settings.shutdown_grace_s, self._child.kill)
-        timer.daemon = True
-        timer.start()
 
     def close(self) -> None:
         """After the last `work`: record what is left, end the session and the engine."""
         self._stopping.set()
-        self._claims.shutdown(wait=True)
+        self._prefetch.shutdown(wait=False, cancel_futures=True)
         self._keeper.close()
         if not self._recorder.close(timeout_s=10.0):
             log.warning("the database is away; what was not recorded is rendered again")
         self._heart.stop()
         self._child.close()
+
+
+def _hard_stop() -> None:
+    log.critical("something hangs; the worker ends without waiting, its session will expire")
+    os._exit(1)
 
 
 def _as_fault(error: Exception) -> EngineFault:

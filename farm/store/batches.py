@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, func, select, update
+from sqlalchemy import Connection, Row, delete, func, literal_column, or_, select, update
 
 from farm.errors import NotFound
 from farm.states import JobState
 from farm.store.db import Database
 from farm.store.ids import new_batch_id
-from farm.store.tables import batches, counts, now
+from farm.store.tables import batches, counts, jobs, now
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,27 @@ def create(
     batch_id = new_batch_id()
     connection.execute(
         batches.insert().values(
-            id=batch_id, params=params, name=name, owner=owner, priority=priority, created_at=now()
+            id=batch_id,
+            params=params,
+            name=name,
+            owner=owner,
+            priority=priority,
+            created_at=now(),
+            touched_at=now(),
         )
     )
     return batch_id
+
+
+def touch(connection: Connection, batch_id: str) -> None:
+    """Its submitter lives and goes on."""
+    connection.execute(update(batches).where(batches.c.id == batch_id).values(touched_at=now()))
+
+
+def abandoned(connection: Connection, after_s: float) -> list[str]:
+    """Batches whose submitter stopped half-way, and wrote nothing for `after_s` seconds."""
+    query = select(batches.c.id).where(~batches.c.ready, batches.c.touched_at < now() - after_s)
+    return list(connection.scalars(query))
 
 
 def release(connection: Connection, batch_id: str, total: int) -> None:
@@ -127,15 +144,21 @@ def set_paused(connection: Connection, batch_id: str, paused: bool) -> None:
 
 
 def candidates(connection: Connection, model: str, limit: int = 16) -> list[Row[Any]]:
-    """Batches with queued jobs of a model, in the order in which claims should try them.
+    """Batches with jobs of a model that are due, in the order in which claims should try them.
 
     Priority first; among equals the batch with the fewest running jobs, then the oldest.
     """
+    due = select(jobs.c.idx).where(
+        jobs.c.batch_id == counts.c.batch_id,
+        jobs.c.model == model,
+        jobs.c.state == literal_column("'queued'"),
+        or_(jobs.c.not_before.is_(None), jobs.c.not_before <= now()),
+    )
     query = (
         select(batches.c.id, batches.c.params)
         .join(counts, counts.c.batch_id == batches.c.id)
         .where(counts.c.model == model, counts.c.queued > 0)
-        .where(batches.c.ready, ~batches.c.paused)
+        .where(batches.c.ready, ~batches.c.paused, due.exists())
         .order_by(batches.c.priority.desc(), counts.c.running, batches.c.id)
         .limit(limit)
     )

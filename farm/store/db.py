@@ -8,12 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InterfaceError,
+    InternalError,
+    OperationalError,
+    ProgrammingError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from farm.errors import DatabaseUnavailable, InvalidConfig
 
 BUSY_TIMEOUT_S = 30
+UNDEFINED_TABLE = "42P01"  # https://www.postgresql.org/docs/current/errcodes-appendix.html
+POSTGRES = {  # a server that fell silent is given up after about 20 s
+    "application_name": "farm",
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 2,
+    "tcp_user_timeout": 20_000,  # milliseconds
+}
 
 
 class Database:
@@ -45,8 +61,7 @@ class Database:
         if self.dialect == "postgresql":
             if url.startswith("postgresql://"):
                 url = url.replace("postgresql://", "postgresql+psycopg://", 1)
-            args = {"connect_timeout": 5, "application_name": "farm"}
-            return create_engine(url, pool_pre_ping=True, connect_args=args)
+            return create_engine(url, pool_pre_ping=True, connect_args=POSTGRES)
         if database and database != ":memory:":
             Path(database).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
@@ -75,10 +90,19 @@ class Database:
             engine = self.engine.execution_options(farm_write=write)
             with engine.begin() as connection:
                 yield connection
-        except (OperationalError, InterfaceError, PoolTimeout) as error:
+        except (OperationalError, InterfaceError, InternalError, PoolTimeout) as error:
+            if "no such table" in str(error):
+                raise self._no_schema() from error
             raise DatabaseUnavailable(
                 f"{self.shown} does not answer: {_first_line(error)}"
             ) from error
+        except ProgrammingError as error:
+            if getattr(error.orig, "sqlstate", "") == UNDEFINED_TABLE:
+                raise self._no_schema() from error
+            raise
+
+    def _no_schema(self) -> InvalidConfig:
+        return InvalidConfig(f"{self.shown} has no schema yet; run: farm db upgrade")
 
     def close(self) -> None:
         self.engine.dispose()

@@ -20,6 +20,7 @@ from sqlalchemy import (
     exists,
     false,
     func,
+    literal_column,
     or_,
     select,
     update,
@@ -33,6 +34,7 @@ from farm.store.ids import JobRef
 from farm.store.tables import batches, counts, events, jobs, now
 
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = JobState
+WINDOW = 1024  # places after the first waiting job among which jobs of its key are looked for
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,14 @@ class _Tally:
             _close_if_finished(connection, batch_id)
 
 
+def _is(state: JobState) -> ColumnElement[bool]:
+    """A literal, not a parameter: a prepared plan can use the partial indexes then."""
+    return jobs.c.state == literal_column(f"'{state}'")
+
+
 def _close_if_finished(connection: Connection, batch_id: str) -> None:
+    row = select(batches.c.id).where(batches.c.id == batch_id)
+    connection.execute(row.with_for_update(key_share=True)).all()  # then look with a new snapshot
     left = and_(counts.c.batch_id == batch_id, counts.c.queued + counts.c.running > 0)
     connection.execute(
         update(batches)
@@ -133,7 +142,7 @@ def claim(
     waiting = and_(
         jobs.c.batch_id == batch_id,
         jobs.c.model == lane.model,
-        jobs.c.state == QUEUED,
+        _is(QUEUED),
         or_(jobs.c.not_before.is_(None), jobs.c.not_before <= now()),
     )
     in_order = select(jobs.c.idx).where(waiting).order_by(jobs.c.idx)
@@ -143,11 +152,12 @@ def claim(
         return []
     chosen = [head.idx]
     if not head.suspect and limit > 1:
-        alike = in_order.where(jobs.c.key == head.key, ~jobs.c.suspect).limit(limit)
+        near = jobs.c.idx < head.idx + WINDOW
+        alike = in_order.where(near, jobs.c.key == head.key, ~jobs.c.suspect).limit(limit)
         chosen = list(connection.scalars(alike))
     moved = connection.execute(
         update(jobs)
-        .where(jobs.c.batch_id == batch_id, jobs.c.idx.in_(chosen), jobs.c.state == QUEUED)
+        .where(jobs.c.batch_id == batch_id, jobs.c.idx.in_(chosen), _is(QUEUED))
         .values(
             state=RUNNING,
             session_id=session_id,
@@ -194,25 +204,31 @@ def held_by(connection: Connection, session_id: str) -> list[tuple[Claim, bool]]
     rows = connection.execute(
         select(*_CLAIMED, jobs.c.started_at, batches.c.params.label("shared"))
         .join(batches, batches.c.id == jobs.c.batch_id)
-        .where(jobs.c.session_id == session_id, jobs.c.state == RUNNING)
+        .where(jobs.c.session_id == session_id, _is(RUNNING))
     )
     return [(_claim_of(r, r.shared, session_id), r.started_at is not None) for r in rows]
 
 
-def lock(connection: Connection, held: Iterable[Claim]) -> None:
-    """Take the rows of these claims before any counter, for transactions that move several.
+def lock(connection: Connection, held: Sequence[Claim]) -> None:
+    """Take jobs, then counters, then batches of these claims, each in order.
 
-    Whoever moves jobs locks rows first and counters last; so no two wait for each other.
+    Whoever moves several jobs in one transaction takes locks in this order, so that no two wait
+    for each other.
     """
     for session_id in sorted({claim.session_id for claim in held}):
-        rows = select(jobs.c.idx).where(jobs.c.session_id == session_id, jobs.c.state == RUNNING)
+        rows = select(jobs.c.idx).where(jobs.c.session_id == session_id, _is(RUNNING))
         connection.execute(rows.order_by(jobs.c.batch_id, jobs.c.idx).with_for_update()).all()
+    ids = sorted({claim.ref.batch_id for claim in held})
+    mine = select(counts.c.model).where(counts.c.batch_id.in_(ids))
+    connection.execute(mine.order_by(counts.c.batch_id, counts.c.model).with_for_update()).all()
+    whole = select(batches.c.id).where(batches.c.id.in_(ids)).order_by(batches.c.id)
+    connection.execute(whole.with_for_update(key_share=True)).all()
 
 
 _GUARD = and_(
     jobs.c.batch_id == bindparam("g_batch"),
     jobs.c.idx == bindparam("g_idx"),
-    jobs.c.state == RUNNING,
+    _is(RUNNING),
     jobs.c.session_id == bindparam("g_session"),
     jobs.c.claim_no == bindparam("g_claim"),
 )
@@ -261,8 +277,17 @@ def succeed(connection: Connection, done: Sequence[tuple[Claim, Picture]]) -> se
         if _guarded(connection, held, values):
             moved.add(held.ref)
             tally.move(held.ref.batch_id, held.spec.model, RUNNING, SUCCEEDED)
+        elif _recorded(connection, held.ref, picture.object_key):
+            moved.add(held.ref)
     tally.write(connection)
     return moved
+
+
+def _recorded(connection: Connection, ref: JobRef, object_key: str) -> bool:
+    """Whether this very picture stands in the record: only the answer to its commit was lost."""
+    mine = and_(jobs.c.batch_id == ref.batch_id, jobs.c.idx == ref.idx)
+    query = select(jobs.c.idx).where(mine, jobs.c.object_key == object_key)
+    return connection.execute(query).first() is not None
 
 
 def fail(connection: Connection, held: Claim, error: FarmError) -> bool:
@@ -359,13 +384,13 @@ def _some(
     *where: ColumnElement[bool],
     limit: int,
 ) -> ColumnElement[bool]:
-    """The first `limit` jobs of a batch that fulfil `where`, as a range of places."""
+    """The first `limit` jobs of a batch that fulfil `where`, locked in order, as a range."""
     mine = and_(jobs.c.batch_id == batch_id, *where)
+    chosen = select(jobs.c.idx).where(mine).order_by(jobs.c.idx).limit(limit).with_for_update()
     if idx is not None:
-        return and_(mine, jobs.c.idx == idx)
-    chosen = select(jobs.c.idx).where(mine).order_by(jobs.c.idx).limit(limit).subquery()
-    first, last = connection.execute(select(func.min(chosen.c.idx), func.max(chosen.c.idx))).one()
-    return and_(mine, jobs.c.idx.between(first, last)) if last is not None else false()
+        chosen = chosen.where(jobs.c.idx == idx)
+    places = connection.scalars(chosen).all()
+    return and_(mine, jobs.c.idx.between(places[0], places[-1])) if places else false()
 
 
 def request_cancel(
@@ -375,9 +400,9 @@ def request_cancel(
 
     Returns (cancelled now, asked to stop). Call again until both are 0.
     """
-    fresh = [jobs.c.state == RUNNING, ~jobs.c.cancel_requested]
+    fresh = [_is(RUNNING), ~jobs.c.cancel_requested]
     stoppable = _some(connection, batch_id, idx, *fresh, limit=limit)
-    waiting = _some(connection, batch_id, idx, jobs.c.state == QUEUED, limit=limit)
+    waiting = _some(connection, batch_id, idx, _is(QUEUED), limit=limit)
     asked = connection.execute(update(jobs).where(stoppable).values(cancel_requested=True)).rowcount
     moved = _move_waiting(
         connection,

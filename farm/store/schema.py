@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from alembic.command import upgrade as alembic_upgrade
@@ -11,8 +12,11 @@ from alembic.script import ScriptDirectory
 
 from farm.store.db import Database
 
+logging.getLogger("alembic.runtime.migration").setLevel(logging.WARNING)
 _PACKAGED = Path(__file__).parent.parent / "_migrations"
-MIGRATIONS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "migrations"
+MIGRATIONS = logging.getLogger("alembic.runtime.migration").setLevel(logging.WARNING)
+_PACKAGED if logging.getLogger("alembic.runtime.migration").setLevel(logging.WARNING)
+_PACKAGED.is_dir() else Path(__file__).parents[2] / "migrations"
 
 
 def _config() -> Config:

@@ -6,11 +6,13 @@ import secrets
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, func, literal_column, select, update
 
 from farm.catalog import Lane
 from farm.store.ids import JobRef
 from farm.store.tables import jobs, now, sessions
+
+_RUNNING = jobs.c.state == literal_column("'running'")
 
 
 @dataclass(frozen=True)
@@ -92,33 +94,49 @@ def cancels(connection: Connection, session_id: str) -> set[JobRef]:
     """Jobs the session holds that a person wants cancelled."""
     rows = connection.execute(
         select(jobs.c.batch_id, jobs.c.idx).where(
-            jobs.c.session_id == session_id, jobs.c.state == "running", jobs.c.cancel_requested
+            jobs.c.session_id == session_id, _RUNNING, jobs.c.cancel_requested
         )
     )
     return {JobRef(*row) for row in rows}
 
 
-def close(connection: Connection, session_id: str, *, lost: bool = False) -> bool:
-    """End a session; False if it had ended already."""
+def close(connection: Connection, session_id: str) -> None:
+    """End a session in good order."""
+    connection.execute(
+        update(sessions)
+        .where(sessions.c.id == session_id, sessions.c.closed_at.is_(None))
+        .values(closed_at=now())
+    )
+
+
+def close_lost(connection: Connection, session_id: str) -> bool:
+    """End a session that is still expired now; False if it has beaten meanwhile, or had ended."""
     moved = connection.execute(
         update(sessions)
         .where(sessions.c.id == session_id, sessions.c.closed_at.is_(None))
-        .values(closed_at=now(), lost=lost)
+        .where(sessions.c.expires_at < now())
+        .values(closed_at=now(), lost=True)
     )
     return bool(moved.rowcount)
 
 
-def expired(connection: Connection) -> list[str]:
-    """Open sessions whose time is over, by the database's clock."""
+def is_open(connection: Connection, session_id: str) -> bool:
+    """Whether the session may claim; nobody ends it before this transaction is over."""
+    query = select(sessions.c.id).where(sessions.c.id == session_id, sessions.c.closed_at.is_(None))
+    return connection.execute(query.with_for_update(read=True)).first() is not None
+
+
+def expired(connection: Connection, patience_s: float = 0.0) -> list[str]:
+    """Open sessions whose time is over for `patience_s` seconds, by the database's clock."""
     query = select(sessions.c.id).where(
-        sessions.c.closed_at.is_(None), sessions.c.expires_at < now()
+        sessions.c.closed_at.is_(None), sessions.c.expires_at + patience_s < now()
     )
     return list(connection.scalars(query))
 
 
 def orphaned(connection: Connection) -> list[str]:
     """Ended sessions that still hold running jobs."""
-    holders = select(jobs.c.session_id).where(jobs.c.state == "running").distinct()
+    holders = select(jobs.c.session_id).where(_RUNNING).distinct()
     query = select(sessions.c.id).where(
         sessions.c.id.in_(holders), sessions.c.closed_at.is_not(None)
     )

@@ -78,6 +78,7 @@ batches = Table(
     Column("ready", Boolean, nullable=False, server_default=text("false")),  # wholly submitted
     Column("paused", Boolean, nullable=False, server_default=text("false")),
     Column("created_at", Double, nullable=False),
+    Column("touched_at", Double, nullable=False),  # last sign of its submitter
     Column("started_at", Double),  # first claim
     Column("finished_at", Double),  # last time that its last job reached a final state
 )

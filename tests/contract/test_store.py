@@ -5,15 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import text, update
 from sqlalchemy.exc import IntegrityError
 
+from farm.catalog import Lane
 from farm.config import Settings
+from farm.dispatch import claim_bundle
 from farm.errors import (
     DatabaseUnavailable,
     EngineCrashed,
+    InvalidConfig,
     InvalidPrompt,
     JobCancelled,
     NotFound,
@@ -25,6 +29,7 @@ from farm.states import TRANSITIONS, JobState
 from farm.store import batches, jobs, reads, schema, sessions
 from farm.store.db import Database
 from farm.store.ids import JobRef
+from farm.store.tables import batches as batches_table
 from farm.store.tables import jobs as jobs_table
 from farm.verdict import give_back, settle_failure
 from tests.store_kit import LANE, PICTURE, Kit, spec
@@ -144,7 +149,18 @@ def test_claim_no_only_grows_and_a_ghost_changes_nothing(kit: Kit) -> None:
     assert kit.states(batch) == {"running": 1}
     with kit.db.write() as connection:
         assert jobs.succeed(connection, [(held, PICTURE)]) == {held.ref}
-        assert jobs.succeed(connection, [(held, PICTURE)]) == set()
+        other = replace(PICTURE, object_key="pictures/other.png")
+        assert jobs.succeed(connection, [(ghost, other)]) == set()
+    assert kit.states(batch) == {"succeeded": 1}
+
+
+def test_a_record_whose_answer_was_lost_is_not_taken_for_a_lost_claim(kit: Kit) -> None:
+    batch = kit.batch(spec())
+    (held,) = kit.claim(batch, kit.session())
+    for _ in range(2):  # the second time as after a commit that was never answered
+        with kit.db.write() as connection:
+            assert jobs.succeed(connection, [(held, PICTURE)]) == {held.ref}
+    assert kit.states(batch) == {"succeeded": 1}
 
 
 def test_the_same_session_with_an_older_claim_is_a_ghost_too(kit: Kit) -> None:
@@ -165,7 +181,7 @@ def test_the_same_session_with_an_older_claim_is_a_ghost_too(kit: Kit) -> None:
         (StorageUnavailable("away"), {"queued": 1}, 0),
         (RenderFailed("odd"), {"queued": 1}, 1),
         (EngineCrashed("abort"), {"queued": 1}, 1),
-        (JobCancelled(), {"cancelled": 1}, 0),
+        (JobCancelled(), {"queued": 1}, 0),
     ],
 )
 def test_failures_by_class(kit: Kit, error, states, failures) -> None:  # type: ignore[no-untyped-def]
@@ -181,9 +197,19 @@ def test_failures_by_class(kit: Kit, error, states, failures) -> None:  # type: 
     assert event["code"] == error.code
 
 
-def test_failures_are_used_up_and_a_suspect_runs_alone(kit: Kit) -> None:
-    batch = kit.batch(spec("poison"), spec("good"))
+def test_failures_are_used_up(kit: Kit) -> None:
+    batch = kit.batch(spec())
     for attempt in range(SETTINGS.max_failures):
+        assert kit.states(batch) == {"queued": 1}, attempt
+        (held,) = kit.claim(batch, kit.session())
+        with kit.db.write() as connection:
+            assert settle_failure(connection, held, RenderFailed("odd"), SETTINGS)
+    assert kit.states(batch) == {"failed": 1}
+
+
+def test_a_suspect_runs_alone_and_is_failed_if_it_kills_again(kit: Kit) -> None:
+    batch = kit.batch(spec("poison"), spec("good"))
+    for attempt in range(2):
         claims = kit.claim(batch, kit.session(), limit=8)
         assert len(claims) == (2 if attempt == 0 else 1)
         with kit.db.write() as connection:
@@ -205,7 +231,7 @@ def test_cancel_before_and_during(kit: Kit) -> None:
         assert sessions.cancels(connection, session) == {held.ref}
     assert kit.states(batch) == {"running": 1, "cancelled": 2}
     with kit.db.write() as connection:
-        assert jobs.requeue(connection, held, RenderFailed("retry?"))
+        assert settle_failure(connection, held, JobCancelled(), SETTINGS)
     assert kit.states(batch) == {"cancelled": 3}
 
 
@@ -316,6 +342,66 @@ def test_counters_never_fall_below_zero(kit: Kit) -> None:
     assert kit.states(batch) == {"queued": 1}
 
 
+def test_two_models_that_end_at_once_finish_their_batch(kit: Kit) -> None:
+    batch = kit.batch(spec("a"), spec("b", model="other"))
+    other = Lane("other", "fake")
+    (one,) = kit.claim(batch, kit.session())
+    (two,) = kit.claim(batch, kit.session(lane=other), lane=other)
+    start = threading.Barrier(2)
+
+    def end(claim: jobs.Claim) -> None:
+        start.wait()
+        with kit.db.write() as connection:
+            jobs.succeed(connection, [(claim, PICTURE)])
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(end, (one, two)))
+    with kit.db.read() as connection:
+        assert batches.status(connection, batch).finished_at is not None
+
+
+def test_a_batch_with_nothing_due_does_not_hide_others(kit: Kit) -> None:
+    for _ in range(20):
+        (held,) = kit.claim(kit.batch(spec("later"), priority=1), kit.session())
+        with kit.db.write() as connection:
+            jobs.requeue(connection, held, RenderFailed("x"), count=True, delay_s=3600)
+    batch = kit.batch(spec("now"))
+    assert claim_bundle(kit.db, kit.session(), LANE, 4)[0].ref.batch_id == batch
+
+
+def test_an_ended_session_claims_nothing(kit: Kit) -> None:
+    kit.batch(spec())
+    session = kit.session()
+    assert len(claim_bundle(kit.db, session, LANE, 4)) == 1
+    with kit.db.write() as connection:
+        sessions.close(connection, session)
+    kit.batch(spec())
+    assert claim_bundle(kit.db, session, LANE, 4) == []
+
+
+def test_a_session_that_beat_again_is_not_lost_and_patience_helps(kit: Kit) -> None:
+    batch = kit.batch(spec())
+    session = kit.session(ttl_s=-1.0)
+    kit.claim(batch, session)
+    assert reconcile(kit.db, SETTINGS, patience_s=3600) == 0
+    with kit.db.write() as connection:
+        assert sessions.expired(connection) == [session]
+        sessions.beat(connection, session, 30, sessions.Beat())
+        assert not sessions.close_lost(connection, session)
+    assert reconcile(kit.db, SETTINGS) == 0
+
+
+def test_a_batch_that_was_never_submitted_whole_is_removed(kit: Kit) -> None:
+    batch, fresh = kit.batch(spec(), ready=False), kit.batch(spec(), ready=False)
+    with kit.db.write() as connection:
+        old = batches_table.c.id == batch
+        connection.execute(update(batches_table).where(old).values(touched_at=1.0))
+    reconcile(kit.db, SETTINGS)
+    with kit.db.read() as connection:
+        assert [b.id for b in batches.recent(connection)] == [fresh]
+        assert jobs.count_states(connection, batch) == {}
+
+
 def test_finding_batches(kit: Kit) -> None:
     batch = kit.batch(spec())
     with kit.db.read() as connection:
@@ -371,6 +457,13 @@ def test_every_arrow_of_the_table_is_walked_by_a_function(kit: Kit) -> None:
     finally:
         jobs._Tally.move = real  # type: ignore[method-assign]
     assert walked == {(old, new) for old, news in TRANSITIONS.items() for new in news}
+
+
+def test_a_database_without_a_schema_says_what_to_run(database_url: str) -> None:
+    db = Database(database_url)
+    with pytest.raises(InvalidConfig, match="farm db upgrade"), db.read() as connection:
+        batches.recent(connection)
+    db.close()
 
 
 def test_a_database_that_is_away_is_said_so() -> None:

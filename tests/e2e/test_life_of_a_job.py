@@ -187,7 +187,7 @@ def test_a_poison_job_is_failed_with_its_evidence_and_the_others_succeed(kit: Fa
     assert status.counts["succeeded"] == 10
     assert status.counts["failed"] == 1
     poison = kit.farm.job(f"{batch.id}/3")
-    assert (poison.error_code, poison.failures) == ("ERR_ENGINE_CRASHED", 3)
+    assert (poison.error_code, poison.failures) == ("ERR_ENGINE_CRASHED", 2)
     assert "SIGABRT" in (poison.error or "")
     assert kit.farm.retry(batch.id, code="ERR_RENDER_FAILED") == 0
 
@@ -292,3 +292,43 @@ def test_a_worker_without_its_model_says_which_file_and_takes_no_job(
         assert "ERR_MODEL_NOT_LOADED" in kit.log("worker-gone")
         assert "Traceback" not in kit.log("worker-gone")
         assert kit.farm.status(batch.id).counts["queued"] == 1
+
+
+@pytest.mark.parametrize("away", ["s3", "postgres"])
+def test_sigterm_while_something_is_away_ends_in_time(
+    tmp_path: Path,
+    redis_url: str,
+    pg_url: str,
+    postgres_server: PostgresServer,
+    s3_server: S3Server,
+    s3_bucket: str,
+    away: str,
+) -> None:
+    server = s3_server if away == "s3" else postgres_server
+    with FarmKit(
+        tmp_path / "home",
+        redis_url,
+        database_url=pg_url,
+        blobs_url=f"s3://{s3_bucket}/farm",
+        s3=s3_server.options(),
+        shutdown_grace_s=2.0,
+    ) as kit:
+        worker = kit.worker()
+        batch = kit.farm.submit(
+            [{"prompt": f"p{i}", "steps": 40} for i in range(60)], model="fake-one"
+        )
+        until(lambda: kit.farm.status(batch.id).counts["succeeded"] >= 4, 30)
+        server.stop()
+        try:
+            worker.send_signal(signal.SIGTERM)
+            worker.wait(2 + 8 + 5)
+        finally:
+            server.start()
+        kit.dispatcher()
+        until(lambda: kit.farm.status(batch.id).counts["running"] == 0, 30)
+        if away == "s3":
+            assert all(job.failures == 0 for job in kit.farm.jobs(batch.id))
+        kit.worker()
+        assert kit.farm.wait(batch.id, 60).counts["succeeded"] == 60
+        # a picture that was stored when its record could not be written is left behind
+        kit.assert_whole(batch.id, orphans=away == "postgres")

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from farm import dispatch
 from farm.blobs import BlobStore, open_blobs
 from farm.config import Settings
-from farm.errors import RenderFailed, StorageUnavailable
+from farm.errors import DatabaseUnavailable, RenderFailed, StorageUnavailable
 from farm.pictures import Origin
 from farm.store import jobs, reads, sessions
 from farm.store.ids import JobRef
@@ -19,6 +20,7 @@ from farm.store.jobs import Claim, Picture
 from tests.servers import poll
 from tests.store_kit import LANE, PICTURE, Kit, spec
 from workers import keeper as keeper_module
+from workers.claims import Claims
 from workers.heart import Heart
 from workers.keeper import Keeper
 from workers.recorder import Recorder
@@ -86,6 +88,28 @@ def test_a_lost_claim_s_picture_is_dropped(kit: Kit, recorder: Recorder, lost: l
     recorder.picture(ghost, PICTURE)
     soon(lambda: lost == [ghost])
     assert kit.states(batch) == {"queued": 1}
+
+
+def test_a_claim_whose_answer_was_lost_goes_back(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, session = kit.batch(spec("a"), spec("b")), kit.session()
+    claims = Claims(kit.db, LANE, lambda: session)
+    real = dispatch.claim_bundle
+
+    def unanswered(*args: object) -> list[Claim]:
+        real(*args)  # type: ignore[arg-type]
+        raise DatabaseUnavailable("the connection died after the commit")
+
+    monkeypatch.setattr(dispatch, "claim_bundle", unanswered)
+    assert claims.next(1) == []
+    assert kit.states(batch) == {"queued": 1, "running": 1}
+    monkeypatch.setattr(dispatch, "claim_bundle", real)
+    bundle = claims.next(8)
+    assert {claim.ref.idx for claim in bundle} == {0, 1}
+    claims._sweep(session)
+    assert kit.states(batch) == {"running": 2}, "what it knows it keeps"
+    claims.forget(bundle)
+    claims._sweep(session)
+    assert kit.states(batch) == {"queued": 2}
 
 
 class Flaky:
@@ -169,7 +193,7 @@ def test_the_heart_beats_passes_wishes_on_and_opens_anew_when_lost(kit: Kit) -> 
 
     soon(lambda: [w.rendered for w in seen()] == [3])
     with kit.db.write() as connection:
-        sessions.close(connection, first, lost=True)
+        sessions.close(connection, first)
     assert lost.wait(10)
     soon(lambda: heart.session_id != first and len(seen()) == 1)
     heart.stop()
