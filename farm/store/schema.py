@@ -14,9 +14,7 @@ from farm.store.db import Database
 
 logging.getLogger("alembic.runtime.migration").setLevel(logging.WARNING)
 _PACKAGED = Path(__file__).parent.parent / "_migrations"
-MIGRATIONS = logging.getLogger("alembic.runtime.migration").setLevel(logging.WARNING)
-_PACKAGED if logging.getLogger("alembic.runtime.migration").setLevel(logging.WARNING)
-_PACKAGED.is_dir() else Path(__file__).parents[2] / "migrations"
+MIGRATIONS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "migrations"
 
 
 def _config() -> Config:
