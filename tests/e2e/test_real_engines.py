@@ -72,7 +72,7 @@ def test_two_models_side_by_side_each_take_their_own_jobs(kit: FarmKit) -> None:
 @pytest.mark.parametrize("victim", ["child", "worker"])
 def test_kill_during_a_real_render(kit: FarmKit, victim: str) -> None:
     worker = kit.worker("shapes", "diffusers", "--threads", "1", "--strict")
-    prompts = [{"prompt": f"a red star on a {c} background", "seed": i, "steps": 40}
+    prompts = [{"prompt": f"a red star on a {c} background", "seed": i, "steps": 20}
                for i, c in enumerate(["blue", "white", "green"] * 8)]  # fmt: skip
     batch = kit.farm.submit(prompts)
     until(lambda: kit.farm.status(batch.id).counts["succeeded"] >= 1, 60)
