@@ -44,7 +44,7 @@ def test_csv_with_quotes_newlines_and_empty_cells() -> None:
     assert isinstance(one, JobSpec)
     assert isinstance(two, JobSpec)
     assert (one.prompt, one.seed, one.steps, one.guidance_scale) == (
-        'a "red" circle,\n\nbig', 3, 20, 4.5,
+        'a "red" circle,\n\nbig', 3, CATALOG.get("shapes").defaults.steps, 4.5,
     )  # fmt: skip
     assert two.steps == 9
 
