@@ -149,7 +149,8 @@ def duration(seconds: float | None) -> str:
         return "-"
     whole = max(0, round(seconds))
     if whole < 60:
-        return f"{max(seconds, 0):.1f} s" if seconds < 9.95 else f"{whole} s"
+        places = 2 if 0 < seconds < 1 else 1
+        return f"{max(seconds, 0):.{places}f} s" if seconds < 9.95 else f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02} s"
     if whole < 86400:

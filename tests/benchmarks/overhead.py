@@ -1,4 +1,4 @@
-"""The farm against a bare loop over the same pipeline, weights, micro-batches and prompts."""
+"""The farm against a bare loop over the same pipeline, weights, micro-batches and threads."""
 
 from __future__ import annotations
 
@@ -59,6 +59,8 @@ class _Bare:
         weights = load_catalog().weights(LANE)
         self.out, self.torch, self.defaults = out, torch, entry.defaults
         self.size = weights.micro_batch or 1
+        if weights.threads:  # as the farm's worker has
+            torch.set_num_threads(weights.threads)
         self.pipe: Any = DiffusionPipeline.from_pretrained(
             weights.path, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
         )
