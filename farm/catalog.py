@@ -8,16 +8,22 @@ The demo model is built in; a models.toml adds others:
     [models.sdxl-base.engines.diffusers]
     repo = "stabilityai/stable-diffusion-xl-base-1.0"     # or: path = "/models/sdxl"
     revision = "462165984030d82259a11f4367a4eed129e94a7b"
-    dtype = "float16"
+    dtype = "float16"                                     # or: { default = ..., vae = ... }
+
+`farm models fetch` puts a repo's or url's files below the directory of the setting models_dir,
+beside a note of where they came from; load_catalog then gives that copy as `path`.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
+import re
 import tomllib
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -26,6 +32,16 @@ from farm.errors import InvalidConfig, UnknownModel
 from farm.spec import NAME_PATTERN, canonical_scheduler
 
 EngineName = Literal["diffusers", "sdcpp", "fake"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+Family = Literal[
+    "sd1", "sdxl", "sd-turbo", "sd3", "flux", "flux2-klein", "qwen-image", "z-image", "other"
+]
+PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle")
+"""Endings of pickled weights: loading them may run any code that stands in them."""
+NOTE = ".fetched.json"
+"""Beside fetched files: {"source": what Weights.source said, "files": [names]}."""
+_REPO = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?$"
+_COMPONENT = r"^[a-z][a-z0-9_]{0,62}$"
 
 
 class Lane(NamedTuple):
@@ -47,20 +63,52 @@ class _Entry(BaseModel):
 class Weights(_Entry):
     """Where an engine finds a model's weights, and how it loads them."""
 
-    path: Path | None = None
-    repo: str | None = None
-    revision: str | None = None
-    variant: str | None = None
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    path: Path | None = None  # a directory or one file of this machine
+    repo: Annotated[str, Field(pattern=_REPO)] | None = None  # of the hub
+    revision: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]*$")] | None = None
+    url: Annotated[str, Field(pattern=r"^https?://[^\s/]+/\S*[^\s/]$")] | None = None  # one file
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None  # of the url's file
+    files: tuple[str, ...] = ()  # fetch only files of the repo that match one of these (fnmatch)
+    allow_pickle: bool = False
+    variant: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_]+$")] | None = None
+    dtype: Dtype | Annotated[dict[str, Dtype], Field(min_length=1)] | None = None  # or by component
     micro_batch: Annotated[int, Field(ge=1, le=256)] | None = None
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None  # CPU threads; None: the engine's
     options: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _one_source(self) -> Weights:
-        if self.path and self.repo:
-            raise ValueError("give path or repo, not both")
+        given = [name for name in ("path", "repo", "url") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"give {' or '.join(given)}, not both")
+        if self.url and not self.sha256:
+            raise ValueError("a url needs the sha256 of its file")
+        for name, of in (("sha256", "url"), ("revision", "repo"), ("files", "repo")):
+            if getattr(self, name) and not getattr(self, of):
+                raise ValueError(f"{name} goes with {of} only")
+        if self.file_name.endswith(PICKLES) and not self.allow_pickle:
+            raise ValueError("pickled weights may run code; allow_pickle = true takes them")
         return self
+
+    @model_validator(mode="after")
+    def _components(self) -> Weights:
+        for name in self.dtype if isinstance(self.dtype, dict) else ():
+            if not re.match(_COMPONENT, name):
+                raise ValueError(f"dtype: {name[:80]!r} names no component")
+        return self
+
+    @property
+    def file_name(self) -> str:
+        """The last part of the url or path; empty for a repo."""
+        if self.url:
+            return PurePosixPath(unquote(urlsplit(self.url).path)).name
+        return self.path.name if self.path else ""
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Where the files come from and which they are; equal for the same files."""
+        keys = {"repo", "revision", "url", "sha256", "files", "variant", "allow_pickle"}
+        return self.model_dump(mode="json", include=keys, exclude_defaults=True)
 
 
 class Defaults(_Entry):
@@ -77,13 +125,33 @@ class ModelEntry(_Entry):
     """One model of the catalogue."""
 
     licence: str
+    licence_url: str = ""
+    terms: str = ""  # what the licence asks of those who use the model, in a sentence
     description: str = ""
     attribution: str = ""
+    family: Family = "other"
+    memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # GB of the device
     defaults: Defaults = Defaults()
     max_side: Annotated[int, Field(ge=16, le=8192)] = 4096
+    sizes: tuple[Annotated[str, Field(pattern=r"^[1-9]\d{1,3}x[1-9]\d{1,3}$")], ...] = ()
+    min_steps: Annotated[int, Field(ge=1, le=500)] = 1
     max_steps: Annotated[int, Field(ge=1, le=500)] = 500
+    min_guidance: Annotated[float, Field(ge=0, le=100)] = 0.0
+    max_guidance: Annotated[float, Field(ge=0, le=100)] = 100.0
     schedulers: tuple[str, ...] = ()  # allowed ones; none named: all
     engines: Annotated[dict[EngineName, Weights], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _within_limits(self) -> ModelEntry:
+        for size in self.sizes:
+            if max(map(int, size.split("x"))) > self.max_side:
+                raise ValueError(f"sizes: {size} is beyond max_side, {self.max_side}")
+        if self.min_steps > self.max_steps or self.min_guidance > self.max_guidance:
+            raise ValueError("a least value (min_) is above the largest (max_)")
+        given = self.defaults.model_dump()
+        for name, expected in self.refusals(given).items():
+            raise ValueError(f"defaults.{name}: {given[name]} is not {expected}")
+        return self
 
     @model_validator(mode="after")
     def _known_schedulers(self) -> ModelEntry:
@@ -97,8 +165,16 @@ class ModelEntry(_Entry):
         for side in ("width", "height"):
             if params[side] > self.max_side:
                 bad[side] = f"at most {self.max_side} pixels for this model"
-        if params["steps"] > self.max_steps:
+        if not bad and self.sizes and f"{params['width']}x{params['height']}" not in self.sizes:
+            bad["width"] = f"width x height of one of {', '.join(self.sizes)} for this model"
+        steps, guidance = params["steps"], params["guidance_scale"]
+        if steps > self.max_steps:
             bad["steps"] = f"at most {self.max_steps} for this model"
+        if steps < self.min_steps:
+            bad["steps"] = f"at least {self.min_steps} for this model"
+        if not self.min_guidance <= guidance <= self.max_guidance:
+            span = f"from {self.min_guidance:g} to {self.max_guidance:g}"
+            bad["guidance_scale"] = f"{span} for this model"
         if params["scheduler"] and self.schedulers and params["scheduler"] not in self.schedulers:
             bad["scheduler"] = f"one of {', '.join(self.schedulers)} for this model"
         return bad
@@ -147,16 +223,29 @@ class _File(_Entry):
     models: dict[Annotated[str, Field(pattern=NAME_PATTERN)], ModelEntry] = {}
 
 
-def load_catalog(path: Path | None = None) -> Catalog:
+def load_catalog(path: Path | None = None, models_dir: Path | None = None) -> Catalog:
     """The built-in demo model and the entries of a models.toml (relative paths: beside the file).
 
+    With `models_dir`, weights that were fetched into it come as the `path` of that copy.
     Raises InvalidConfig with the file, the entry and what is wrong.
     """
     models = {"shapes": DEMO}
     if path is None:
         return Catalog(models)
+    for name, entry in _parsed(path).models.items():
+        engines = {}
+        for engine, weights in entry.engines.items():
+            found = (path.parent / weights.path).resolve() if weights.path else None
+            if found is None and models_dir is not None:
+                found = local_path(models_dir, Lane(name, engine), weights)
+            engines[engine] = located(weights, found) if found else weights
+        models[name] = entry.model_copy(update={"engines": engines})
+    return Catalog(models)
+
+
+def _parsed(path: Path) -> _File:
     try:
-        parsed = _File.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return _File.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InvalidConfig(f"{path}: {error}") from error
     except ValidationError as error:
@@ -165,12 +254,25 @@ def load_catalog(path: Path | None = None) -> Catalog:
             for item in error.errors(include_url=False, include_context=False)
         ]
         raise InvalidConfig(f"{path}: " + "; ".join(lines)) from None
-    for name, entry in parsed.models.items():
-        engines = {
-            engine: weights.model_copy(update={"path": (path.parent / weights.path).resolve()})
-            if weights.path
-            else weights
-            for engine, weights in entry.engines.items()
-        }
-        models[name] = entry.model_copy(update={"engines": engines})
-    return Catalog(models)
+
+
+def located(weights: Weights, path: Path) -> Weights:
+    """The same weights, found at `path`."""
+    gone = {"repo": None, "revision": None, "url": None, "sha256": None, "files": ()}
+    return weights.model_copy(update={**gone, "path": path})
+
+
+def local_path(models_dir: Path, lane: Lane, weights: Weights) -> Path | None:
+    """Where `farm models fetch` put these very weights: the one file, else their directory.
+
+    None when they were not fetched, or from another source than the catalogue names now.
+    """
+    place = models_dir / lane.model / lane.engine
+    try:
+        told = json.loads((place / NOTE).read_bytes())
+        if told["source"] != weights.source:
+            return None
+        names = told["files"]
+        return place / names[0] if len(names) == 1 else place
+    except (OSError, ValueError, LookupError, TypeError):
+        return None

@@ -32,6 +32,11 @@ def default_home() -> Path:
     return Path(base).expanduser() / "farm"
 
 
+def default_hub() -> str:
+    """The hub that HF_ENDPOINT names, else the public one."""
+    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+
+
 class Settings(BaseSettings):
     """All settings of the farm. Times in seconds."""
 
@@ -52,6 +57,15 @@ class Settings(BaseSettings):
     )
     models_file: Path | None = Field(
         None, description="the catalogue; default: models.toml here or in home"
+    )
+    models_dir: Path | None = Field(None, description="fetched weights; default: home/models")
+    hub_url: str = Field(
+        default_factory=default_hub,
+        pattern=r"^https?://[^\s/]+",
+        description="the model hub; default: HF_ENDPOINT, else https://huggingface.co",
+    )
+    hub_hosts: tuple[str, ...] = Field(
+        (), description="private hosts (host or host:port) that the hub may redirect downloads to"
     )
 
     s3_endpoint_url: str | None = Field(None, description="S3 server; default: Amazon's")
@@ -126,6 +140,11 @@ class Settings(BaseSettings):
             if path.is_file():
                 return path
         return None
+
+    @property
+    def models_path(self) -> Path:
+        """Where `farm models fetch` puts weights, one directory a model and engine."""
+        return self.models_dir or self.home / "models"
 
     def shown(self) -> dict[str, Any]:
         """Every setting for a person's eyes: secrets and passwords in URLs redacted."""

@@ -67,7 +67,7 @@ class Farm:
 
     @cached_property
     def catalog(self) -> Catalog:
-        return load_catalog(self.settings.catalog_path)
+        return load_catalog(self.settings.catalog_path, self.settings.models_path)
 
     @cached_property
     def broker(self) -> Broker:

@@ -66,7 +66,7 @@ def _serve(args: argparse.Namespace, engine_log: Path) -> int:
     warnings.simplefilter("ignore", SecurityWarning)  # of root and pickle; ours is JSON only
     logging.getLogger("celery").setLevel(max(logging.WARNING, logging.root.level))
     lane = Lane(args.model, args.engine)
-    weights = load_catalog(settings.catalog_path).weights(lane)
+    weights = load_catalog(settings.catalog_path, settings.models_path).weights(lane)
     config = EngineConfig(
         engine=lane.engine,
         model=lane.model,

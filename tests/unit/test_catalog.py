@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from farm.catalog import Lane, load_catalog
+from farm.catalog import NOTE, Lane, Weights, load_catalog
 from farm.errors import InvalidConfig, UnknownModel
 
 GOOD = """
@@ -34,8 +36,87 @@ def test_a_models_file_adds_and_paths_are_beside_it(tmp_path: Path) -> None:
     weights = catalog.weights(Lane("sdxl-base", "diffusers"))
     assert weights.path == tmp_path / "weights" / "sdxl"
     entry = catalog.get("sdxl-base")
-    asked = {"width": 64, "height": 5000, "steps": 30, "scheduler": "ddim"}
-    assert set(entry.refusals(asked)) == {"height", "scheduler"}
+    assert set(entry.refusals(asked(height=5000, scheduler="ddim"))) == {"height", "scheduler"}
+
+
+def asked(**given: Any) -> dict[str, Any]:
+    plain = {"width": 64, "height": 64, "steps": 30, "guidance_scale": 5.0, "scheduler": None}
+    return plain | given
+
+
+LIMITED = """
+[models.turbo]
+licence = "other"
+licence_url = "https://example.org/licence"
+terms = "no commercial use"
+family = "sd-turbo"
+memory_gb = 2.5
+defaults = { width = 512, height = 512, steps = 1, guidance_scale = 0.0 }
+sizes = ["512x512", "768x512"]
+max_steps = 4
+max_guidance = 1.0
+[models.turbo.engines.diffusers]
+repo = "me/turbo"
+dtype = { default = "float16", vae = "float32" }
+[models.turbo.engines.sdcpp]
+url = "https://example.org/files/turbo%20q8.gguf?x=1"
+sha256 = "SHA"
+""".replace("SHA", "a" * 64)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"width": 768, "height": 512, "steps": 4, "guidance_scale": 1.0}, set()),
+        ({"width": 512, "height": 768, "steps": 4, "guidance_scale": 1.0}, {"width"}),
+        ({"width": 512, "height": 512, "steps": 5, "guidance_scale": 1.0}, {"steps"}),
+        ({"width": 512, "height": 512, "steps": 4, "guidance_scale": 1.5}, {"guidance_scale"}),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused(
+    tmp_path: Path, given: dict[str, Any], named: set[str]
+) -> None:
+    (tmp_path / "models.toml").write_text(LIMITED)
+    entry = load_catalog(tmp_path / "models.toml").get("turbo")
+    assert set(entry.refusals(asked(**given))) == named
+
+
+def test_an_entry_tells_family_need_terms_and_dtypes(tmp_path: Path) -> None:
+    (tmp_path / "models.toml").write_text(LIMITED)
+    entry = load_catalog(tmp_path / "models.toml").get("turbo")
+    assert (entry.family, entry.memory_gb, entry.terms) == ("sd-turbo", 2.5, "no commercial use")
+    assert entry.engines["diffusers"].dtype == {"default": "float16", "vae": "float32"}
+    assert entry.engines["sdcpp"].file_name == "turbo q8.gguf"
+
+
+def test_fetched_weights_come_as_a_path(tmp_path: Path) -> None:
+    (tmp_path / "models.toml").write_text(LIMITED)
+    for engine, files in (("diffusers", ["a", "b"]), ("sdcpp", ["turbo q8.gguf"])):
+        place = tmp_path / "weights" / "turbo" / engine
+        place.mkdir(parents=True)
+        source = load_catalog(tmp_path / "models.toml").weights(Lane("turbo", engine)).source
+        (place / NOTE).write_text(json.dumps({"source": source, "files": files}))
+    catalog = load_catalog(tmp_path / "models.toml", tmp_path / "weights")
+    place = tmp_path / "weights" / "turbo"
+    found = catalog.weights(Lane("turbo", "diffusers"))
+    assert (found.path, found.repo) == (place / "diffusers", None)
+    assert Weights.model_validate(found.model_dump()) == found
+    assert catalog.weights(Lane("turbo", "sdcpp")).path == place / "sdcpp" / "turbo q8.gguf"
+
+    text = LIMITED.replace('"me/turbo"', '"me/turbo"\nrevision = "v2"')
+    (tmp_path / "models.toml").write_text(text)  # other weights than those that were fetched
+    catalog = load_catalog(tmp_path / "models.toml", tmp_path / "weights")
+    assert catalog.weights(Lane("turbo", "diffusers")).path is None
+
+
+@pytest.mark.parametrize("note", ["", "[]", "{}", '{"source": 1, "files": []}', "\xff"])
+def test_a_broken_note_is_no_copy(tmp_path: Path, note: str) -> None:
+    (tmp_path / "models.toml").write_text(LIMITED)
+    place = tmp_path / "weights" / "turbo" / "diffusers"
+    place.mkdir(parents=True)
+    (place / NOTE).write_text(note)
+    catalog = load_catalog(tmp_path / "models.toml", tmp_path / "weights")
+    assert catalog.weights(Lane("turbo", "diffusers")).path is None
 
 
 def test_unknown_names_say_what_there_is(tmp_path: Path) -> None:
@@ -57,8 +138,20 @@ def test_unknown_names_say_what_there_is(tmp_path: Path) -> None:
         ("[models.x]\nlicense='a'", r"license"),
         ("nonsense", r"models.toml"),
         (GOOD.replace("euler_a", "magic"), r"unknown scheduler"),
+        (GOOD.replace("schedulers", "sizes = ['512x512']\nschedulers"), r"defaults.width: 1024"),
+        (GOOD.replace("schedulers", "max_steps = 8\nschedulers"), r"defaults.steps: 25 is not at"),
+        (GOOD.replace("schedulers", "min_guidance = 9\nmax_guidance = 8\nschedulers"), r"is above"),
+        (GOOD.replace("schedulers", "family = 'sd9'\nschedulers"), r"sdxl-base.family"),
+        (GOOD.replace("schedulers", "memory_gb = -1\nschedulers"), r"sdxl-base.memory_gb"),
+        (GOOD.replace('"weights/sdxl"', "'x.ckpt'"), r"diffusers: .*allow_pickle"),
+        (GOOD.replace('path = "weights/sdxl"', "url = 'https://h/x.gguf'"), r"needs the sha256"),
+        (GOOD.replace('path = "weights/sdxl"', "url = 'file:///etc/passwd'"), r"diffusers.url"),
+        (GOOD.replace('path = "weights/sdxl"', "repo = '../x'"), r"diffusers.repo"),
+        (GOOD.replace('"float16"', "{ vae = 'int3' }"), r"diffusers.dtype"),
+        (GOOD.replace('"float16"', "{ '../x' = 'float16' }"), r"names no component"),
+        (GOOD + "files = ['*.json']", r"files goes with repo only"),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_file_is_refused_with_its_place(tmp_path: Path, text: str, named: str) -> None:
     path = tmp_path / "models.toml"
     path.write_text(text)

@@ -114,7 +114,7 @@ def _pipeline(config: EngineConfig, folder: Path, device: torch.device) -> Any:
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             folder,
-            dtype=getattr(torch, config.weights.dtype or default),
+            dtype=_dtype(config.weights.dtype, default),
             variant=config.weights.variant,
             use_safetensors=True,
             local_files_only=True,
@@ -129,6 +129,14 @@ def _pipeline(config: EngineConfig, folder: Path, device: torch.device) -> Any:
                 raise ModelNotLoaded(f"{folder / name}: tensor {key} is missing")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def _dtype(wanted: str | dict[str, Any] | None, default: str) -> Any:
+    """One dtype, or one by component, as diffusers takes them."""
+    if isinstance(wanted, dict):
+        names = {"default": default, **wanted}
+        return {part: getattr(torch, name) for part, name in names.items()}
+    return getattr(torch, wanted or default)
 
 
 def _modules(pipeline: Any) -> list[tuple[str, torch.nn.Module]]:
