@@ -56,6 +56,10 @@ class Claims:
         with self._lock:
             self._known.difference_update((claim.ref, claim.claim_no) for claim in claims)
 
+    def count(self) -> int:
+        """How many of them have not ended."""
+        return len(self._known)
+
     def _sweep(self, session_id: str) -> None:
         with self._db.write() as connection:
             held = [claim for claim, _ in jobs.held_by(connection, session_id)]

@@ -48,7 +48,8 @@ class Recorder:
     """Collects records from any thread.
 
     `settled` is called with the claims whose end is recorded, or whose claim was lost; `lost` with
-    each picture of a lost claim.
+    each picture of a lost claim. `outstanding` tells how many claims have not ended: when the last
+    of them does, it is written at once.
     """
 
     def __init__(
@@ -57,8 +58,10 @@ class Recorder:
         settings: Settings,
         lost: Callable[[Claim, Picture], None],
         settled: Callable[[list[Claim]], None] = lambda claims: None,
+        outstanding: Callable[[], int] = lambda: GROUP,
     ) -> None:
         self._db, self._settings, self._lost, self._settled = db, settings, lost, settled
+        self._outstanding = outstanding
         self._changed = threading.Condition()
         self._group = _Group()
         self._closing = False
@@ -97,11 +100,16 @@ class Recorder:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: len(self._group) or self._closing)
-                self._changed.wait_for(lambda: len(self._group) >= GROUP or self._closing, WAIT_S)
+                self._changed.wait_for(self._full, WAIT_S)
                 if self._closing and not len(self._group):
                     return
                 group, self._group = self._group, _Group()
             self._write(group)
+
+    def _full(self) -> bool:
+        ended = len(self._group.ended())
+        last = 0 < ended and ended >= self._outstanding()
+        return last or len(self._group) >= GROUP or self._closing
 
     def _write(self, group: _Group) -> None:
         try:

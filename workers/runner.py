@@ -66,7 +66,9 @@ class Runner:
         info = self._child.start()
         self._micro_batch = info.micro_batch
         origin = Origin(self.lane.engine, info.weights_sha256)
-        self._recorder = Recorder(self._db, self._settings, self._drop, self._claims.forget)
+        self._recorder = Recorder(
+            self._db, self._settings, self._drop, self._claims.forget, self._claims.count
+        )
         self._keeper = Keeper(self._blobs, origin, self._recorder)
         self._heart = Heart(
             self._db,
