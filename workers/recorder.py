@@ -108,7 +108,7 @@ class Recorder:
 
     def _full(self) -> bool:
         ended = len(self._group.ended())
-        last = 0 < ended and ended >= self._outstanding()
+        last = ended > 0 and ended >= self._outstanding()
         return last or len(self._group) >= GROUP or self._closing
 
     def _write(self, group: _Group) -> None:
