@@ -7,7 +7,10 @@ import importlib.util
 from farm.catalog import Catalog, Lane
 from farm.errors import InvalidConfig
 
-PACKAGES = {"diffusers": ("torch", "diffusers", "transformers")}
+PACKAGES = {
+    "diffusers": ("torch", "diffusers", "transformers"),
+    "sdcpp": ("stable_diffusion_cpp",),
+}
 
 
 def missing_packages(engine: str) -> list[str]:

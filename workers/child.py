@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from farm.errors import EngineCrashed, EngineHung, InvalidParameter, by_code
+from farm.errors import EngineCrashed, EngineHung, InvalidParameter, JobCancelled, by_code
 from farm.spec import JobSpec
 from workers import child_main
 from workers.engine import EngineConfig, EngineInfo
@@ -34,11 +34,13 @@ from workers.messages import (
     Event,
     Failed,
     Fault,
+    GivenBack,
     Message,
     Order,
     Ready,
     Rendered,
     Shipped,
+    Started,
     StopAfterCurrent,
 )
 
@@ -51,7 +53,8 @@ class Child:
     """One engine process at a time. `render` and `start` belong to one thread at a time.
 
     `log`: the file that takes the child's output, its last lines are the evidence of a crash.
-    The micro-batch cap learnt from a lack of memory is kept for the next child.
+    The micro-batch cap learnt from a lack of memory is kept for the next child. A render that
+    cannot be stopped from inside (EngineInfo.interruptible) is cancelled by replacing its process.
     """
 
     def __init__(
@@ -69,7 +72,14 @@ class Child:
         self._lifeline: Connection | None = None
         self._sending = threading.Lock()
         self._bundle = 0  # the latest; its orders carry this number
+        self._specs: tuple[JobSpec, ...] = ()
         self._open = 0  # its jobs, 0 once it has ended
+        self._left: set[int] = set()  # those without an end yet
+        self._running: frozenset[int] = frozenset()  # the micro-batch under way
+        self._unwanted: frozenset[int] = frozenset()
+        self._stopped = 0  # the bundle that is to be given back
+        self._interruptible = True
+        self._ending = False  # the process was killed to end a cancelled render
         self._log_from = 0
 
     # ------------------------------------------------------------ life and death
@@ -87,6 +97,10 @@ class Child:
         Raises ModelNotLoaded, InvalidConfig, EngineCrashed or EngineHung.
         """
         self._release()
+        self._open, self._running, self._ending = 0, frozenset(), False
+        return self._spawn()
+
+    def _spawn(self) -> EngineInfo:
         spawn = multiprocessing.get_context("spawn")
         self._pipe, theirs = spawn.Pipe()
         their_line, self._lifeline = spawn.Pipe(duplex=False)
@@ -104,6 +118,7 @@ class Child:
         message = self._receive(self._load_timeout_s, "while it loaded the model")
         if not isinstance(message, Ready):
             raise AssertionError(f"expected Ready, got {message}")
+        self._interruptible = message.info.interruptible
         return message.info
 
     def kill(self) -> None:
@@ -118,6 +133,7 @@ class Child:
         if self._process:
             self._process.join(CLOSE_TIMEOUT_S)
         self._release()
+        self._open = 0
 
     def _release(self) -> None:
         self.kill()
@@ -127,7 +143,6 @@ class Child:
                 if end:
                     end.close()
         self._process = self._pipe = self._lifeline = None
-        self._open = 0
 
     # ------------------------------------------------------------------- rendering
     def render(self, specs: Sequence[JobSpec]) -> Iterator[Event]:
@@ -142,55 +157,102 @@ class Child:
         self._abandon(self._bundle)
         if not specs:
             return iter(())
+        if self._ending:  # killed when its bundle was over or given up
+            self.start()
         self._bundle += 1
-        self._open = len(specs)
-        self._send(Bundle(self._bundle, tuple(specs)))
+        self._specs, self._open, self._left = tuple(specs), len(specs), set(range(len(specs)))
+        self._running, self._unwanted = frozenset(), frozenset()
+        self._send(Bundle(self._bundle, self._specs))
         return self._events(self._bundle)
 
     def cancel(self, ids: Iterable[int]) -> None:
         """Stop these jobs of the bundle under way between two steps. Safe from any thread."""
-        self._send(Cancel(self._bundle, frozenset(ids)))
+        unwanted = frozenset(ids)
+        self._unwanted |= unwanted
+        self._send(Cancel(self._bundle, unwanted))
+        self._end_if_unwanted()
 
     def stop_after_current(self) -> None:
         """Finish the micro-batch under way and give the rest back. Safe from any thread.
 
         With no bundle under way it is the next that is given back, for it may be on its way.
         """
-        self._send(StopAfterCurrent(self._bundle if self._open else self._bundle + 1))
+        self._stopped = self._bundle if self._open else self._bundle + 1
+        self._send(StopAfterCurrent(self._stopped))
 
     def _events(self, bundle: int) -> Iterator[Event]:
         try:
             while self._open:
-                message = self._receive(self._step_timeout_s, "during a render")
+                try:
+                    message = self._receive(self._step_timeout_s, "during a render")
+                except EngineCrashed:
+                    if not self._ending:
+                        raise
+                    yield from self._replaced()
+                    continue
                 if isinstance(message, End):
                     self._open = 0
                     return
                 event = self._event(message)
-                if isinstance(event, Cap):
-                    self._config = replace(self._config, micro_batch=event.size)
+                self._note(event)
                 yield event
         finally:
             self._abandon(bundle)
 
-    def _event(self, message: Message) -> Event:
-        if isinstance(message, Shipped):
-            assert self._pipe is not None
-            pixels = np.frombuffer(self._pipe.recv_bytes(), np.uint8).reshape(message.shape)
-            return Rendered(message.id, pixels, message.seconds, message.batch)
+    def _event(self, message: Message | Rendered) -> Event:
         if isinstance(message, Fault):
             return Failed(message.id, by_code(message.code, message.message))
-        assert not isinstance(message, Ready | Broken | End)
+        assert not isinstance(message, Ready | Broken | End | Shipped)
         return message
+
+    def _note(self, event: Event) -> None:
+        if isinstance(event, Started):
+            self._running = frozenset(event.ids)
+            self._end_if_unwanted()
+        elif isinstance(event, Cap):
+            self._config = replace(self._config, micro_batch=event.size)
+        elif isinstance(event, Rendered | Failed | GivenBack):
+            self._left.discard(event.id)
+            self._running -= {event.id}
+
+    def _end_if_unwanted(self) -> None:
+        """Kill a process that renders what nobody wants, if it can be stopped in no other way."""
+        process, running = self._process, self._running
+        if process and running and running <= self._unwanted and not self._interruptible:
+            self._ending = True
+            process.kill()
+
+    def _replaced(self) -> Iterator[Event]:
+        """After a kill that ended a cancelled render: a new process takes over what is wanted."""
+        for job in sorted(self._left & self._unwanted):
+            self._left.discard(job)
+            yield Failed(job, JobCancelled())
+        if self._stopped >= self._bundle:
+            for job in sorted(self._left):
+                yield GivenBack(job)
+            self._open = 0  # and the next render starts a process, should there be one
+            return
+        self._running, self._ending = frozenset(), False
+        self._spawn()
+        self._send(Bundle(self._bundle, self._specs, frozenset(range(self._open)) - self._left))
+        if self._unwanted:  # what came while there was no process
+            self._send(Cancel(self._bundle, self._unwanted))
+        if self._stopped >= self._bundle:
+            self._send(StopAfterCurrent(self._stopped))
 
     def _abandon(self, bundle: int) -> None:
         """Cancel what is left of a bundle whose events nobody reads, and wait for its end."""
         if not self._open or bundle != self._bundle:
             return
-        self._send(Cancel(bundle, frozenset(range(self._open))))
-        while not isinstance(
-            message := self._receive(self._step_timeout_s, "during a render"), End
-        ):
-            self._event(message)
+        self.cancel(range(self._open))
+        try:
+            while not isinstance(
+                message := self._receive(self._step_timeout_s, "during a render"), End
+            ):
+                self._note(self._event(message))
+        except EngineCrashed:
+            if not self._ending:
+                raise
         self._open = 0
 
     # -------------------------------------------------------------------- the pipe
@@ -204,27 +266,35 @@ class Child:
             except OSError:
                 return
 
-    def _receive(self, timeout_s: float, when: str) -> Message:
+    def _receive(self, timeout_s: float, when: str) -> Message | Rendered:
         process, pipe = self._process, self._pipe
         if process is None or pipe is None:
             raise EngineCrashed("the engine's process is not running")
         try:
             if not wait([pipe, process.sentinel], timeout_s):
-                self._release()
+                self._give_up()
                 raise EngineHung(
                     f"the engine (process {process.pid}) was silent for {timeout_s:g} s {when}"
                 )
             if not pipe.poll():
                 raise EOFError
             message: Message = pipe.recv()
+            if isinstance(message, Shipped):
+                pixels = np.frombuffer(pipe.recv_bytes(), np.uint8).reshape(message.shape)
+                return Rendered(message.id, pixels, message.seconds, message.batch)
         except (EOFError, OSError):
             process.join(1.0)
-            self._release()
+            self._give_up()
             raise self._crash(process.exitcode, when) from None
         if isinstance(message, Broken):
-            self._release()
+            self._give_up()
             raise message.error()
         return message
+
+    def _give_up(self) -> None:
+        self._release()
+        if not self._ending:
+            self._open = 0
 
     def _crash(self, code: int | None, when: str) -> EngineCrashed:
         how = f"ended with status {code}"

@@ -176,7 +176,7 @@ class BundleRun:
     ) -> None:
         self._engine, self._cap, self._strict = engine, cap, strict
         self._inbox, self._outbox, self._bundle = inbox, outbox, bundle
-        self._waiting = deque(range(len(bundle.specs)))
+        self._waiting = deque(n for n in range(len(bundle.specs)) if n not in bundle.done)
         self._alone: set[int] = set()  # one of these spoilt a micro-batch
         self._ids: tuple[int, ...] = ()  # the micro-batch under way
         self._reported = 0.0

@@ -25,6 +25,7 @@ Pixels = NDArray[np.uint8]
 ENGINES: dict[str, str] = {
     "diffusers": "workers.engines.diffusers_engine:DiffusersEngine",
     "fake": "workers.engines.fake_engine:FakeEngine",
+    "sdcpp": "workers.engines.sdcpp_engine:SdcppEngine",
 }
 CUDA_MICRO_BATCH = 4
 
@@ -53,12 +54,17 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What was loaded. `versions`: package -> version, for the picture's provenance."""
+    """What was loaded. `versions`: package -> version, for the picture's provenance.
+
+    `interruptible`: a render lets the JobCancelled of its Watch through; where native code cannot
+    be stopped, the parent ends the process instead, and starts another.
+    """
 
     device: str
     micro_batch: int
     weights_sha256: str
     versions: dict[str, str]
+    interruptible: bool = True
 
 
 class Watch(Protocol):

@@ -17,8 +17,11 @@ from workers.engine import EngineInfo, Pixels
 # ------------------------------------------------------------------ to the child
 @dataclass(frozen=True)
 class Bundle:
+    """`done`: the positions of those that need no rendering any more."""
+
     number: int
     specs: tuple[JobSpec, ...]
+    done: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

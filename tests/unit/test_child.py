@@ -246,6 +246,74 @@ def test_orders_to_no_one_are_harmless() -> None:
         list(child.render([spec()]))
 
 
+# ------------------------------------------------ renders that cannot be stopped inside
+def test_an_uninterruptible_render_is_cancelled_by_a_new_process(make: Make) -> None:
+    child = make(micro_batch=1, seconds_per_step=0.02, uninterruptible=True)
+    first, events = child.pid, []
+    for event in child.render([spec(steps=40, seed=n) for n in range(4)]):
+        if isinstance(event, Started) and event.ids == (0,):
+            child.cancel([0, 2])
+        events.append(event)
+    assert ends(events) == {
+        0: "ERR_CANCELLED",
+        1: "rendered",
+        2: "ERR_CANCELLED",
+        3: "rendered",
+    }
+    assert started(events) == [(0,), (1,), (3,)]
+    assert child.pid != first
+    assert child.alive
+    assert ends(list(child.render([spec()]))) == {0: "rendered"}
+
+
+def test_a_wanted_neighbour_keeps_an_uninterruptible_render_alive(make: Make) -> None:
+    child = make(micro_batch=2, seconds_per_step=0.02, uninterruptible=True)
+    first, events = child.pid, []
+    for event in child.render([spec(steps=10, seed=n) for n in range(2)]):
+        if isinstance(event, Started):
+            child.cancel([0])
+        events.append(event)
+    assert ends(events) == {0: "ERR_CANCELLED", 1: "rendered"}
+    assert child.pid == first
+
+
+def test_stop_and_cancel_of_an_uninterruptible_render(make: Make) -> None:
+    child = make(micro_batch=1, seconds_per_step=0.02, uninterruptible=True)
+    events: list[Event] = []
+    for event in child.render([spec(steps=500, seed=n) for n in range(3)]):
+        if isinstance(event, Started):
+            child.stop_after_current()
+            child.cancel([0])
+        events.append(event)
+    assert ends(events) == {0: "ERR_CANCELLED", 1: "given back", 2: "given back"}
+    assert ends(list(child.render([spec()]))) == {0: "rendered"}
+
+
+def test_an_uninterruptible_render_given_up_does_not_hold_the_next(make: Make) -> None:
+    child = make(micro_batch=1, seconds_per_step=0.02, uninterruptible=True)
+    events = child.render([spec(steps=500, seed=n) for n in range(2)])
+    next(events)
+    begun = time.monotonic()
+    assert ends(list(child.render([spec("next")]))) == {0: "rendered"}
+    assert time.monotonic() - begun < 5
+    assert list(events) == []
+
+
+def test_a_crash_after_a_replacement_is_still_told(make: Make) -> None:
+    child = make(micro_batch=1, seconds_per_step=0.02, uninterruptible=True)
+    events: list[Event] = []
+
+    def run() -> None:
+        for event in child.render([spec(steps=20), spec("!crash", steps=20)]):
+            if isinstance(event, Started) and event.ids == (0,):
+                child.cancel([0])
+            events.append(event)
+
+    with pytest.raises(EngineCrashed, match="SIGABRT"):
+        run()
+    assert ends(events) == {0: "ERR_CANCELLED"}
+
+
 # ------------------------------------------------------------ deaths of the process
 def test_an_abort_is_told_at_once_and_a_new_process_serves(make: Make) -> None:
     child = make(micro_batch=1)

@@ -3,7 +3,8 @@
 The first word of a prompt asks for it: !fail raises, !white gives a uniform picture, !oom has no
 memory for more jobs than options["oom_above"], !crash aborts, !exit exits, !device reports a
 broken device, !hang sleeps for ever, and !grip does so in native code, with Python's lock held.
-Other options: seconds_per_step, crash_in_load, hang_in_load.
+Other options: seconds_per_step, crash_in_load, hang_in_load, and uninterruptible, which makes it
+deaf to a cancel as native code is.
 """
 
 from __future__ import annotations
@@ -33,14 +34,17 @@ class FakeEngine:
         if self._options.get("hang_in_load"):
             time.sleep(3600)
         weights = hashlib.sha256(self._config.model.encode()).hexdigest()
-        return EngineInfo("cpu", self._config.cap("cpu"), weights, {"numpy": version("numpy")})
+        versions = {"numpy": version("numpy")}
+        interruptible = not self._options.get("uninterruptible")
+        return EngineInfo("cpu", self._config.cap("cpu"), weights, versions, interruptible)
 
     def render(self, jobs: Sequence[JobSpec], watch: Watch) -> Sequence[Pixels | FarmError]:
         for step in range(jobs[0].steps):
             time.sleep(self._options.get("seconds_per_step", 0))
             for job in jobs:
                 self._misbehave(job.prompt.split()[0], len(jobs))
-            watch.step(step + 1, jobs[0].steps)
+            if not self._options.get("uninterruptible"):
+                watch.step(step + 1, jobs[0].steps)
         return [_picture(job) for job in jobs]
 
     def close(self) -> None:

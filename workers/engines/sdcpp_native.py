@@ -1,0 +1,144 @@
+"""stable-diffusion.cpp behind its Python binding 0.4.7, with the binding's traps closed.
+
+- A model that does not load leaves a context that is NULL, whose release is a crash: told here.
+- Each picture's buffers are freed, which the binding forgets.
+- A progress callback goes with every call, for the library keeps the last one for ever. What it
+  raises would be swallowed: it is kept, and raised when the call is over.
+- What the library says of a failure is kept from its log.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import math
+import os
+import re
+import sys
+from collections import deque
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when the library is loaded:
+# threads that spin while they wait make a render on a busy machine 2 to 6 times slower
+import stable_diffusion_cpp as library
+
+from farm.errors import ModelNotLoaded, OutOfMemory, RenderFailed
+from workers.engine import Pixels
+from workers.engines.sdcpp_options import SdcppOptions
+
+PACKAGE = "stable-diffusion-cpp-python"
+INFO, WARNING, ERROR = 1, 2, 3  # sd_log_level_t; 0 is for debugging
+MOST_COMPLAINTS = 40
+
+_free = ctypes.CDLL(None).free
+_free.argtypes, _free.restype = [ctypes.c_void_p], None
+
+
+class Log:
+    """The library's log: what matters goes to the process' stderr, errors are kept.
+
+    `backend`: what it computes on, such as CPU or CUDA0. `flow`: a flow-matching model.
+    """
+
+    def __init__(self) -> None:
+        self.least, self.backend, self.flow = INFO, "", False
+        self.complaints: deque[str] = deque(maxlen=MOST_COMPLAINTS)
+        self._callback = library.sd_log_callback(self._take)
+        library.sd_set_log_callback(self._callback, ctypes.c_void_p(0))
+
+    def _take(self, level: int, text: bytes, data: object) -> None:
+        line = text.decode("utf-8", "replace").rstrip()
+        if found := re.search(r"Initializing backend: (\w+)", line):
+            self.backend = found.group(1)
+        if line.endswith("FLOW mode"):
+            self.flow = True
+        if level >= ERROR:
+            self.complaints.append(re.sub(r"^\S+:\d+\s+- ", "", line))
+        if level >= self.least:
+            print(line[:2000], file=sys.stderr, flush=True)
+
+    def said(self) -> str:
+        """The first complaints since the last time, and how many more there were."""
+        said = list(dict.fromkeys(self.complaints))
+        self.complaints.clear()
+        more = f" (and {len(said) - 2} more)" if len(said) > 2 else ""
+        return ("; ".join(said[:2]) or "no reason was given") + more
+
+
+class Context(library.StableDiffusion):  # type: ignore[misc]
+    """One model in memory."""
+
+    def __init__(self, options: SdcppOptions, log: Log) -> None:
+        self._taken: list[Pixels] = []
+        self._log = log
+        where = ", ".join(map(str, options.files.values()))
+        log.complaints.clear()
+        try:
+            super().__init__(**options.library())
+        except (ValueError, UnicodeError) as error:
+            raise ModelNotLoaded(f"{where}: {error}") from error
+        if not self._model.model:
+            self._model.model = None  # its release would crash
+            raise ModelNotLoaded(f"{where}: {log.said()}")
+        log.least = WARNING
+        logging.getLogger(PACKAGE).setLevel(logging.ERROR)  # else a word on the CPU each time
+
+    def render(self, progress: Callable[[int, int], None], **arguments: Any) -> Pixels:
+        """One picture; `progress` is called with (steps done, steps).
+
+        Raises what `progress` raised, OutOfMemory or RenderFailed.
+        """
+        raised: list[Exception] = []
+
+        def on_progress(step: int, steps: int, seconds: float) -> None:
+            if not raised:
+                try:
+                    progress(step, steps)
+                except Exception as error:
+                    raised.append(error)
+
+        self._taken = []
+        self._log.complaints.clear()
+        self.generate_image(**arguments, batch_count=1, progress_callback=on_progress)
+        taken, self._taken = self._taken, []
+        if raised:
+            raise raised[0]
+        if not taken:
+            said = self._log.said()
+            raise (OutOfMemory if "alloc" in said else RenderFailed)(f"no picture came: {said}")
+        return taken[0]
+
+    def _sd_image_t_p_to_images(self, images: Any, count: int, upscale: int) -> list[Any]:
+        """In place of the binding's: copies the pixels, and frees what the library allocated."""
+        for number in range(count if images else 0):
+            image = images[number]
+            if image.data:
+                shape = (image.height, image.width, image.channel)
+                whole = np.ctypeslib.as_array(image.data, shape)
+                self._taken.append(np.array(whole[..., :3], dtype=np.uint8, order="C"))
+                _free(ctypes.cast(image.data, ctypes.c_void_p))
+        if images:
+            _free(ctypes.cast(images, ctypes.c_void_p))
+        return []
+
+
+@cache
+def build() -> dict[str, str]:
+    """The build: its package, the library file's SHA-256 (16 digits), the instructions it uses."""
+    told = library.sd_get_system_info().decode()
+    used = sorted(re.findall(r"(\w+) = 1\b", told))
+    file = Path(library.stable_diffusion_cpp._lib._name)
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return {PACKAGE: version(PACKAGE), "build": digest[:16], "cpu": " ".join(used)}
+
+
+OWN_CHOICE = {"eta": math.inf, "flow_shift": math.inf}
+"""Arguments that leave a value to the sampler and the model; the binding's eta is none at all."""
