@@ -117,13 +117,21 @@ class FarmKit:
         return (self.home / f"{name}.log").read_text(errors="replace")
 
     def assert_whole(self, batch_id: str, *, orphans: bool = False) -> None:
-        """Every succeeded job has its object with its hash; no other is there, unless `orphans`."""
+        """Every succeeded job has its object with its hash; soon no other is there.
+
+        `orphans`: a worker killed between storing and recording may have left some.
+        """
         keys = set()
         for job in self.farm.pictures(batch_id):
             self.farm.fetch(job)
             keys.add(job.object_key)
-        stored = {blob.key for blob in self.farm.blobs.list(f"pictures/{batch_id}/")}
-        assert stored >= keys if orphans else stored == keys
+
+        def stored() -> set[str]:
+            return {blob.key for blob in self.farm.blobs.list(f"pictures/{batch_id}/")}
+
+        assert stored() >= keys
+        if not orphans:
+            until(lambda: stored() == keys, 5)
 
     def __enter__(self) -> FarmKit:
         return self
