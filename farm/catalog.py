@@ -39,7 +39,7 @@ Family = Literal[
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle")
 """Endings of pickled weights: loading them may run any code that stands in them."""
 NOTE = ".fetched.json"
-"""Beside fetched files: {"source": what Weights.source said, "files": [names]}."""
+"""Beside fetched files: {"source": what Weights.source said, "files": the names, ...}."""
 _REPO = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?$"
 _COMPONENT = r"^[a-z][a-z0-9_]{0,62}$"
 
@@ -272,7 +272,7 @@ def local_path(models_dir: Path, lane: Lane, weights: Weights) -> Path | None:
         told = json.loads((place / NOTE).read_bytes())
         if told["source"] != weights.source:
             return None
-        names = told["files"]
+        names = list(told["files"])
         return place / names[0] if len(names) == 1 else place
     except (OSError, ValueError, LookupError, TypeError):
         return None

@@ -117,17 +117,21 @@ def _server(settings: Settings) -> Iterator[Check]:
 def _catalogue(settings: Settings) -> Iterator[Check]:
     place = settings.catalog_path
     try:
-        catalog = load_catalog(place)
+        catalog = load_catalog(place, settings.models_path)
     except FarmError as error:
         yield Check("models", "fail", error.message, "mend the file; README shows its form")
         return
     where = f"in {place}" if place else "built in; a models.toml adds others"
     yield Check("models", "ok", f"{', '.join(sorted(catalog.models))} ({where})")
     for lane in catalog.lanes():
-        path = catalog.weights(lane).path
-        if path is not None and not path.exists():
-            text = f"its weights for {lane.engine} are not at {path}"
+        weights = catalog.weights(lane)
+        if weights.path is not None and not weights.path.exists():
+            text = f"its weights for {lane.engine} are not at {weights.path}"
             mend = "workers of other machines may have them; put them there, or change the path"
+            yield Check(f"model {lane.model}", "warn", text, mend)
+        elif weights.path is None:
+            text = f"its weights for {lane.engine} are not on this machine"
+            mend = f"if it shall render here: farm models fetch {lane.model}"
             yield Check(f"model {lane.model}", "warn", text, mend)
 
 

@@ -7,6 +7,7 @@ FarmError                       code, a sentence that a person can act on
 |   |-- UnknownModel            ERR_UNKNOWN_MODEL
 |   |-- InvalidPromptFile       ERR_INVALID_PROMPT_FILE   (carries one RowError a bad line)
 |   |-- InvalidConfig           ERR_INVALID_CONFIG
+|   |-- UntrustedModel          ERR_UNTRUSTED_MODEL       (wrong bytes, a pickle, a hostile answer)
 |   `-- NotFound                ERR_NOT_FOUND
 |-- RenderFailed                ERR_RENDER_FAILED    a failure is counted, the job is retried
 |   `-- BadImage                ERR_BAD_IMAGE        uniform or NaN picture
@@ -16,6 +17,7 @@ FarmError                       code, a sentence that a person can act on
 |   |-- BrokerUnavailable       ERR_BROKER_UNAVAILABLE
 |   |-- StorageUnavailable      ERR_STORAGE_UNAVAILABLE
 |   |-- BlobNotFound            ERR_BLOB_NOT_FOUND
+|   |-- HubUnavailable          ERR_HUB_UNAVAILABLE
 |   `-- ModelNotLoaded          ERR_MODEL_NOT_LOADED
 |-- EngineFault                 the child is replaced, the jobs it had started are suspects
 |   |-- EngineCrashed           ERR_ENGINE_CRASHED
@@ -98,6 +100,12 @@ class InvalidConfig(Invalid):
     code = "ERR_INVALID_CONFIG"
 
 
+class UntrustedModel(Invalid):
+    """What was offered as a model is not what it should be; it was refused."""
+
+    code = "ERR_UNTRUSTED_MODEL"
+
+
 class NotFound(Invalid):
     """There is no such batch, job or worker."""
 
@@ -150,6 +158,12 @@ class BlobNotFound(EnvironmentFault):
     """The blob store has no object under this key."""
 
     code = "ERR_BLOB_NOT_FOUND"
+
+
+class HubUnavailable(EnvironmentFault):
+    """The model hub, or a mirror of it, does not answer or does not give the model."""
+
+    code = "ERR_HUB_UNAVAILABLE"
 
 
 class ModelNotLoaded(EnvironmentFault):

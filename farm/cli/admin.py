@@ -1,9 +1,9 @@
-"""Keeping the farm: `farm models`, `doctor`, `config`, `db`."""
+"""Keeping the farm: `farm doctor`, `config`, `db`."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
 import typer
 
@@ -12,86 +12,15 @@ from farm.cli.output import (
     console,
     hint,
     note,
-    print_fields,
     print_json,
     print_line,
     print_table,
     short,
 )
 
-if TYPE_CHECKING:
-    from farm.catalog import ModelEntry
-
 _PANEL = "The farm"
-models = typer.Typer(rich_markup_mode="rich")
 config = typer.Typer(rich_markup_mode="rich", no_args_is_help=True)
 db = typer.Typer(rich_markup_mode="rich", no_args_is_help=True)
-
-
-@models.callback(invoke_without_command=True)
-def _models(ctx: typer.Context, as_json: Json = False) -> None:
-    """Show the models that jobs may name; `farm models show NAME` tells all of one."""
-    if ctx.invoked_subcommand is None:
-        _list_models(as_json)
-
-
-@models.command("list", epilog=examples("farm models list", "farm models list --json"))
-def list_models(as_json: Json = False) -> None:
-    """List the model catalogue."""
-    _list_models(as_json)
-
-
-def _list_models(as_json: bool) -> None:
-    found = _catalog()
-    if as_json:
-        print_json([{"name": name, **entry.model_dump(mode="json")} for name, entry in found])
-        return
-    rows = [
-        (
-            name,
-            ", ".join(entry.engines),
-            f"{entry.defaults.width}x{entry.defaults.height}",
-            entry.defaults.steps,
-            entry.licence,
-            entry.description,
-        )
-        for name, entry in found
-    ]
-    print_table(("model", "engines", "size", "steps", "licence", "description"), rows)
-
-
-def _catalog() -> list[tuple[str, ModelEntry]]:
-    from farm.catalog import load_catalog
-
-    return sorted(load_catalog(settings().catalog_path).models.items())
-
-
-@models.command("show", epilog=examples("farm models show shapes"))
-def show_model(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The model's name.")],
-    as_json: Json = False,
-) -> None:
-    """Show one model: licence, defaults, limits, and where each engine finds its weights."""
-    from farm.catalog import load_catalog
-
-    entry = load_catalog(settings().catalog_path).get(name)
-    whole = {"name": name, **entry.model_dump(mode="json", exclude_none=True)}
-    if as_json:
-        print_json(whole)
-        return
-    print_fields(_flat(whole))
-
-
-def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested mappings as dotted names."""
-    if not isinstance(value, dict):
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-        return [(prefix, shown)]
-    return [
-        pair
-        for key, item in value.items()
-        for pair in _flat(item, f"{prefix}.{key}" if prefix else key)
-    ]
 
 
 def doctor(as_json: Json = False) -> None:
@@ -206,12 +135,6 @@ def current(as_json: Json = False) -> None:
 
 def register(app: typer.Typer) -> None:
     """Put the commands on the app."""
-    app.add_typer(
-        models,
-        name="models",
-        epilog=examples("farm models", "farm models show shapes"),
-        rich_help_panel=_PANEL,
-    )
     app.command(epilog=examples("farm doctor", "farm doctor --json"), rich_help_panel=_PANEL)(
         doctor
     )

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 HEIGHT = {
     "states": 0, "errors": 0, "demo": 0,
     "spec": 1, "config": 1,
-    "catalog": 2, "prompts": 3,
+    "catalog": 2, "prompts": 3, "models": 3,
     "blobs": 2, "broker": 3, "store": 3, "children": 3, "engines": 3, "local_broker": 3,
     "pictures": 4, "results": 5, "verdict": 4,
     "dispatch": 5, "reconcile": 5, "dispatcher": 6,
