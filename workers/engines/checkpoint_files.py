@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from farm.catalog import PICKLES
 from farm.errors import ModelNotLoaded
-from workers.engines.model_files import MOST_HEADER_BYTES, OTHER_WEIGHTS
+from workers.engines.model_files import MOST_HEADER_BYTES
 
-PICKLES = (*(suffix for suffix in OTHER_WEIGHTS if suffix != ".gguf"), ".pkl", ".pickle")
 GGUF_MAGIC = b"GGUF"
 GGUF_VERSIONS = (2, 3)
 MOST_DIMENSIONS = 5  # SD_MAX_DIMS of stable-diffusion.cpp

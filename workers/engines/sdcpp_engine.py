@@ -11,10 +11,11 @@ A render cannot be stopped from inside: a cancelled one is ended by ending this 
 from __future__ import annotations
 
 import gc
-import math
 import platform
 from collections.abc import Sequence
 from typing import Any
+
+from pydantic import ValidationError
 
 from farm.errors import (
     FarmError,
@@ -23,7 +24,7 @@ from farm.errors import (
     InvalidPrompt,
     ModelNotLoaded,
 )
-from farm.spec import JobSpec
+from farm.spec import JobSpec, describe, row_errors
 from workers.engine import EngineConfig, EngineInfo, Pixels, Watch
 from workers.engines.checkpoint_files import check_checkpoint
 from workers.engines.sdcpp_native import OWN_CHOICE, Context, Log, build
@@ -95,8 +96,8 @@ class SdcppEngine:
         """Whatever size it comes in. `watch` may raise; so does this, once the call is over."""
 
         def progress(done: int, total: int) -> None:
-            if total == job.steps and done:  # a VAE in tiles tells its tiles
-                watch.step(done, total)
+            if done:  # a VAE in tiles tells its tiles too: a sign of life, and no more
+                watch.step(done if total == job.steps else job.steps, job.steps)
 
         assert self._context is not None
         return self._context.render(progress, **self._arguments(job))
@@ -130,16 +131,17 @@ class SdcppEngine:
         }
 
     def _refusal(self, job: JobSpec) -> FarmError | None:
-        """What of a valid job this engine, or this model, cannot do."""
-        for text in (job.prompt, job.negative_prompt):
-            if "<lora:" in text.lower():
-                return InvalidPrompt("<lora:...> in a prompt would open a file; it is not allowed")
-            if (length := len(text.encode())) > MOST_PROMPT_BYTES:
-                return InvalidPrompt(
-                    f"{length:,} bytes of text; engine sdcpp reads {MOST_PROMPT_BYTES:,} at most"
-                )
-        if not math.isfinite(job.guidance_scale):
-            return InvalidParameter(f"guidance_scale {job.guidance_scale}: not a finite number")
+        """What is wrong with a job, or what of it this engine or this model cannot do."""
+        try:  # anew: what native code would not survive must not reach it by any way
+            JobSpec(**job.__dict__)
+        except ValidationError as error:
+            rows = row_errors(0, error)
+            prompt = any(row.code == InvalidPrompt.code for row in rows)
+            return (InvalidPrompt if prompt else InvalidParameter)(describe(rows))
+        return _text_refusal(job) or self._model_refusal(job)
+
+    def _model_refusal(self, job: JobSpec) -> FarmError | None:
+        """Samplers and sizes."""
         can = [name for name in SAMPLERS if self._log.flow or name not in FLOW_ONLY]
         if job.scheduler and job.scheduler not in can:
             kind = "this model" if job.scheduler in SAMPLERS else "engine sdcpp"
@@ -195,6 +197,17 @@ class SdcppEngine:
         chosen = {"wtype": self._options.wtype, "rng": self._options.rng}
         threads = {"threads": str(self._options.threads)}
         return {"python": platform.python_version(), **build(), **chosen, **threads}
+
+
+def _text_refusal(job: JobSpec) -> FarmError | None:
+    for text in (job.prompt, job.negative_prompt):
+        if "<lora:" in text.lower():
+            return InvalidPrompt("<lora:...> in a prompt would open a file; it is not allowed")
+        if (length := len(text.encode())) > MOST_PROMPT_BYTES:
+            return InvalidPrompt(
+                f"{length:,} bytes of text; engine sdcpp reads {MOST_PROMPT_BYTES:,} at most"
+            )
+    return None
 
 
 class _NoWatch:

@@ -88,10 +88,11 @@ class SdcppOptions:
 def options_of(config: EngineConfig) -> SdcppOptions:
     """Raises InvalidConfig, which names the option and what it may be."""
     weights, options = config.weights, config.weights.options
-    for name in ("repo", "revision", "variant", "dtype"):
+    if weights.repo or weights.url:
+        raise _wrong(config, f"reads local files; first: farm models fetch {config.model}")
+    for name in ("variant", "dtype"):
         if getattr(weights, name):
-            hint = "options.wtype" if name == "dtype" else "path, a file or a directory"
-            raise _wrong(config, f"has no {name}; say {hint}")
+            raise _wrong(config, f"has no {name}; options.wtype names the type of the weights")
     if unknown := sorted(set(options) - set(KNOWN)):
         raise _wrong(config, f"has no option {', '.join(unknown)}, it has: {', '.join(KNOWN)}")
     chosen = {name: _choice(config, name) for name in CHOICES}
