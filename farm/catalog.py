@@ -66,7 +66,7 @@ class Weights(_Entry):
     path: Path | None = None  # a directory or one file of this machine
     repo: Annotated[str, Field(pattern=_REPO)] | None = None  # of the hub
     revision: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]*$")] | None = None
-    url: Annotated[str, Field(pattern=r"^https?://[^\s/]+/\S*[^\s/]$")] | None = None  # one file
+    url: Annotated[str, Field(pattern=r"^https?://[^\s/@]+/\S*[^\s/]$")] | None = None  # one file
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None  # of the url's file
     files: tuple[str, ...] = ()  # fetch only files of the repo that match one of these (fnmatch)
     allow_pickle: bool = False

@@ -114,7 +114,10 @@ def fetch(
 
 
 def _token() -> str:
-    return os.environ.get("HF_TOKEN", "").strip()
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not (token.isascii() and token.isprintable()):
+        raise Invalid("HF_TOKEN holds characters that no token has")
+    return token
 
 
 def _agree(name: str, entry: ModelEntry, lock_file: Path, accept: bool) -> None:

@@ -148,7 +148,12 @@ def wanted(listing: Listing, weights: Weights, engine: str) -> Listing:
 def _of_pipeline(files: list[Remote], variant: str | None) -> Iterator[Remote]:
     """Without other frameworks' weights, other variants and whole checkpoints beside the index."""
     indexed = any(file.name == "model_index.json" for file in files)
-    varied = {_folder(f) for f in files if variant and _variant(f) == variant}
+    plain = {_folder(f) for f in files if f.name.endswith(".safetensors") and not _variant(f)}
+    varied = {
+        _folder(f)
+        for f in files
+        if variant and _variant(f) == variant and not (_is_pickle(f) and _folder(f) in plain)
+    }
     for file in files:
         name = PurePosixPath(file.name)
         if name.suffix in _OTHER_FRAMEWORKS or name.name.startswith(("openvino_", "flax_", "tf_")):

@@ -120,6 +120,8 @@ def _change(path: Path, name: str, change: Callable[[LockedModel], LockedModel])
     with alone(path.parent):
         lock = read_lock(path)
         models = {**lock.models, name: change(lock.models.get(name, LockedModel()))}
+        if models == lock.models:  # it may lie where nothing can be written
+            return
         text = Lock(models=models).model_dump(mode="json", exclude_none=True)
         write_whole(path, _sorted_json(text))
 

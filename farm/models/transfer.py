@@ -95,19 +95,16 @@ class Client:
         self._persist(url, ask)
         try:
             return json.loads(bytes(body))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise HubUnavailable(f"{shown(url)}: the answer is no JSON") from None
 
     def size(self, url: str) -> int | None:
-        """The length of a URL's content in bytes, where the server tells it."""
-        found: list[int | None] = []
-
-        def ask() -> None:
+        """The length of a URL's content in bytes, where the server tells it (not all do)."""
+        try:
             answer = self._request(url, [], lambda answer, data: None, head=True)
-            found.append(answer.number("content-length"))
-
-        self._persist(url, ask)
-        return found[-1]
+        except (Cut, HubUnavailable):
+            return None
+        return answer.number("content-length") or None
 
     def download(self, url: str, part: Part, size: int | None) -> None:
         """Complete the part from the byte it has; `size`: what it must come to, if known."""
