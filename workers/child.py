@@ -97,7 +97,8 @@ class Child:
         Raises ModelNotLoaded, InvalidConfig, EngineCrashed or EngineHung.
         """
         self._release()
-        self._open, self._running, self._ending = 0, frozenset(), False
+        self._open = 0
+        self._begin_anew()
         return self._spawn()
 
     def _spawn(self) -> EngineInfo:
@@ -217,10 +218,15 @@ class Child:
 
     def _end_if_unwanted(self) -> None:
         """Kill a process that renders what nobody wants, if it can be stopped in no other way."""
-        process, running = self._process, self._running
-        if process and running and running <= self._unwanted and not self._interruptible:
-            self._ending = True
-            process.kill()
+        with self._sending:
+            unwanted = self._running and self._running <= self._unwanted
+            if self._process and unwanted and not self._interruptible:
+                self._ending = True
+                self._process.kill()
+
+    def _begin_anew(self) -> None:
+        with self._sending:
+            self._running, self._ending = frozenset(), False
 
     def _replaced(self) -> Iterator[Event]:
         """After a kill that ended a cancelled render: a new process takes over what is wanted."""
@@ -232,7 +238,7 @@ class Child:
                 yield GivenBack(job)
             self._open = 0  # and the next render starts a process, should there be one
             return
-        self._running, self._ending = frozenset(), False
+        self._begin_anew()
         self._spawn()
         self._send(Bundle(self._bundle, self._specs, frozenset(range(self._open)) - self._left))
         if self._unwanted:  # what came while there was no process
