@@ -83,6 +83,9 @@ class Hub(ThreadingHTTPServer):
             row["lfs"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         return row
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that was killed, or that cut the connection, is no news."""
+
     def stop(self) -> None:
         self.shutdown()
         self.thread.join()

@@ -100,15 +100,14 @@ def fetch(
     lock_file = lock_of(conf)
     for name in dict.fromkeys(lane.model for lane in lanes):
         _agree(name, catalog.get(name), lock_file, accept_licence)
-    with transfer_bar() as bar:
-        fetcher = Fetcher(conf, order, bar)
-        for lane in lanes:
-            found = fetcher.fetch(lane, catalog.weights(lane))
-            done.append(found.as_dict())
-            if not as_json:
-                print_line(clean(found.path))
-            told = f"{plural(found.files, 'file')}, {found.size / 1e6:,.1f} MB"
-            note(f"{lane.model} for {lane.engine}: {found.state}, {told}")
+    for lane in lanes:
+        with transfer_bar() as bar:
+            found = Fetcher(conf, order, bar).fetch(lane, catalog.weights(lane))
+        done.append(found.as_dict())
+        if not as_json:
+            print_line(clean(found.path))
+        told = f"{plural(found.files, 'file')}, {found.size / 1e6:,.1f} MB"
+        note(f"{lane.model} for {lane.engine}: {found.state}, {told}")
     if as_json:
         print_json({"fetched": done})
 

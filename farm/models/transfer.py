@@ -40,6 +40,7 @@ class _Answer:
         self.headers: dict[str, str] = {}
         self.failure: Exception | None = None
         self.refused = False
+        self.sockets: list[socket.socket] = []
 
     def header(self, line: bytes) -> None:
         text = line.decode("latin-1").strip()
@@ -189,6 +190,8 @@ class Client:
             self._failed(url, answer, error)
         finally:
             curl.close()
+            for opened in answer.sockets:
+                opened.close()
         return answer
 
     def _prepare(self, curl: Any, url: str, headers: list[str], head: bool) -> None:
@@ -224,7 +227,8 @@ class Client:
             if not free and not is_public(str(place[0])):
                 answer.refused = True
                 return self._curl.SOCKET_BAD
-            return socket.socket(family, kind, protocol)
+            answer.sockets.append(socket.socket(family, kind, protocol))  # libcurl has a copy
+            return answer.sockets[-1]
 
         return opened
 
