@@ -144,7 +144,7 @@ class Settings(BaseSettings):
     @property
     def models_path(self) -> Path:
         """Where `farm models fetch` puts weights, one directory a model and engine."""
-        return self.models_dir or self.home / "models"
+        return (self.models_dir or self.home / "models").absolute()
 
     def shown(self) -> dict[str, Any]:
         """Every setting for a person's eyes: secrets and passwords in URLs redacted."""

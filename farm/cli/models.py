@@ -72,7 +72,7 @@ def _states(conf: Settings, name: str, entry: ModelEntry) -> dict[str, dict[str,
 
     told: dict[str, dict[str, str | None]] = {}
     for engine, weights in entry.engines.items():
-        path = weights.path or local_path(conf.models_path.absolute(), Lane(name, engine), weights)
+        path = weights.path or local_path(conf.models_path, Lane(name, engine), weights)
         if weights.path:
             state = "local" if weights.path.exists() else "missing"
         else:

@@ -90,7 +90,7 @@ class Fetcher:
         lock = read_lock(self.lock_file)
         if weights.path:
             return self._local(lane, weights, lock)
-        place = self.settings.models_path.absolute() / lane.model / lane.engine
+        place = self.settings.models_path / lane.model / lane.engine
         place.parent.mkdir(parents=True, exist_ok=True)
         with alone_at(place):
             locked = None if self.order.update else lock.find(lane, weights.source)

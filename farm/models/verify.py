@@ -45,7 +45,7 @@ def lane_place(settings: Settings, lane: Lane, weights: Weights) -> Path:
     """The directory that holds a lane's files (or would, once fetched)."""
     if weights.path:
         return weights.path.parent if weights.path.is_file() else weights.path
-    return settings.models_path.absolute() / lane.model / lane.engine
+    return settings.models_path / lane.model / lane.engine
 
 
 def locked_lanes(settings: Settings) -> Lock:

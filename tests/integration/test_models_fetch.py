@@ -226,6 +226,26 @@ def test_add_appends_and_pins(farm: Farm, home: Path, tmp_path: Path) -> None:
     assert (offline.code, "unpinned" in offline.err) == (0, True)
 
 
+def test_what_was_fetched_is_what_diffusers_loads(farm: Farm, home: Path, tmp_path: Path) -> None:
+    """Also with a dtype for each component; a worker needs no hub then."""
+    pytest.importorskip("diffusers")
+    from tests.models import tiny
+    from workers.child import Child
+    from workers.engine import EngineConfig
+
+    with (home / "models.toml").open("a") as file:
+        file.write('dtype = { default = "float32", vae = "float32" }\n')
+    ran = farm("models", "fetch", "tiny", "--from", tiny("sd15"))
+    assert ran.code == 0, ran.err
+    weights = load_catalog(home / "models.toml", home / "models").weights(Lane("tiny", "diffusers"))
+    assert weights.path == home / "models" / "tiny" / "diffusers"
+    child = Child(EngineConfig("diffusers", "tiny", weights, threads=1), log=tmp_path / "log")
+    try:
+        assert child.start().weights_sha256
+    finally:
+        child.close()
+
+
 # ---- cut, slow, killed
 
 
