@@ -54,4 +54,4 @@ class Kit:
         return result.tobytes()
 
     def loads(self) -> int:
-        return self.log.read_text(errors="replace").count("loading tensors from")
+        return self.log.read_text(errors="replace").count("total params memory size")

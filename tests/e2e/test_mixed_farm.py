@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from farm.engines import missing_packages
 from tests import sdcpp_models
 from tests.farm_kit import FarmKit, engine_child, until
 
-pytest.importorskip("stable_diffusion_cpp")
+if missing_packages("sdcpp"):
+    pytest.skip("stable-diffusion.cpp is not installed", allow_module_level=True)
 
 ENGINES = {"shapes": "diffusers", "klein": "sdcpp"}
 PROMPTS = {

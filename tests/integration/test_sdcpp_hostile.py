@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from farm.catalog import Weights
+from farm.engines import missing_packages
 from farm.errors import FarmError, InvalidConfig, ModelNotLoaded
 from farm.spec import JobSpec
 from tests import sdcpp_models as models
@@ -21,7 +22,8 @@ from workers.child import Child
 from workers.engine import EngineConfig
 from workers.engines.checkpoint_files import check_checkpoint
 
-pytest.importorskip("stable_diffusion_cpp")
+if missing_packages("sdcpp"):
+    pytest.skip("stable-diffusion.cpp is not installed", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
