@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from farm.config import Settings
 from farm.dispatch import ring
 from farm.errors import DatabaseUnavailable, EnvironmentFault
-from farm.reconcile import reconcile
+from farm.reconcile import reconcile, remove_abandoned
 from farm.store.db import Database
 
 if TYPE_CHECKING:
@@ -33,10 +33,13 @@ class _Dispatcher:
         self._db, self._broker, self._settings, self._stop = db, broker, settings, stop
         self._trouble: dict[str, str] = {}  # by duty: what it said last
         self._lenient_until = 0.0
+        self._looked_at = time.time()
 
     def run(self) -> None:
         wait = self._settings.tick_s
+        self._try("clean up", lambda: remove_abandoned(self._db))
         while not self._stop.is_set():
+            self._notice_sleep()
             healthy = [
                 self._try("reconcile", self._reconcile),
                 self._try("ring", self._ring),
@@ -47,7 +50,13 @@ class _Dispatcher:
     def _reconcile(self) -> None:
         """After an outage of the database every worker gets time to beat once more."""
         lenient = time.monotonic() < self._lenient_until
-        reconcile(self._db, self._settings, self._settings.session_ttl_s if lenient else 0.0)
+        reconcile(self._db, self._settings, lenient=lenient)
+
+    def _notice_sleep(self) -> None:
+        """After a machine slept, its workers too could not beat."""
+        before, self._looked_at = self._looked_at, time.time()
+        if self._looked_at - before > self._settings.session_ttl_s:
+            self._lenient_until = time.monotonic() + self._settings.session_ttl_s
 
     def _ring(self) -> None:
         ring(self._db, self._broker, None, self._settings.tokens_per_worker)

@@ -36,6 +36,7 @@ POLL_S = 0.1
 START_S = 30.0
 STOP_S = 10.0
 MAX_DEATHS = 5
+RESTART_S = 5.0
 SHORT_LIFE_S = 60.0
 
 
@@ -233,9 +234,13 @@ class EmbeddedFarm:
             self._say(f"{child.obituary()}; starting it again in {delay:g} s (log: {child.log})")
             child.process, child.next_start = None, now + delay
         elif now >= child.next_start:
-            if child is self._group.broker:
-                local_broker.end_stale(self.settings.broker_socket)
-            child.start(self._env)
+            try:
+                if child is self._group.broker:
+                    local_broker.end_stale(self.settings.broker_socket)
+                child.start(self._env)
+            except (OSError, EnvironmentFault) as error:
+                child.next_start = now + RESTART_S
+                self._say(f"{child.name} does not start: {error}; trying again")
 
     def _bring_down(self) -> None:
         """Workers first, so that they can give back what they hold; the broker last."""

@@ -17,6 +17,7 @@ FarmError                       code, a sentence that a person can act on
 |   |-- BrokerUnavailable       ERR_BROKER_UNAVAILABLE
 |   |-- StorageUnavailable      ERR_STORAGE_UNAVAILABLE
 |   |-- BlobNotFound            ERR_BLOB_NOT_FOUND
+|   |-- BlobDamaged             ERR_BLOB_DAMAGED
 |   |-- HubUnavailable          ERR_HUB_UNAVAILABLE
 |   `-- ModelNotLoaded          ERR_MODEL_NOT_LOADED
 |-- EngineFault                 the child is replaced, the jobs it had started are suspects
@@ -164,6 +165,12 @@ class HubUnavailable(EnvironmentFault):
     """The model hub, or a mirror of it, does not answer or does not give the model."""
 
     code = "ERR_HUB_UNAVAILABLE"
+
+
+class BlobDamaged(EnvironmentFault):
+    """The object is not what was recorded."""
+
+    code = "ERR_BLOB_DAMAGED"
 
 
 class ModelNotLoaded(EnvironmentFault):

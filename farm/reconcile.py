@@ -17,22 +17,24 @@ log = logging.getLogger(__name__)
 HALF_SUBMITTED_S = 86_400.0  # a batch whose submitter is silent for a day is removed
 
 
-def reconcile(db: Database, settings: Settings, patience_s: float = 0.0) -> int:
+def reconcile(db: Database, settings: Settings, *, lenient: bool = False) -> int:
     """Release what expired or ended sessions hold; the number of jobs moved.
 
-    `patience_s`: time that sessions get beyond their expiry, for workers that could not beat.
+    `lenient`: let expired ones be, since nobody could beat, and their workers may live.
     Safe to run from several places at once: each move is guarded by session and claim.
     """
     with db.read() as connection:
-        silent = sessions.expired(connection, patience_s)
+        silent = [] if lenient else sessions.expired(connection)
         ended = sessions.orphaned(connection)
-        abandoned = batches.abandoned(connection, HALF_SUBMITTED_S)
-    for batch_id in abandoned:
-        log.warning("batch %s was never submitted whole; it is removed", batch_id)
-        with db.write() as connection:
-            batches.remove(connection, batch_id)
     lost = sum(_release(db, session_id, settings, expired=True) for session_id in silent)
     return lost + sum(_release(db, session_id, settings, expired=False) for session_id in ended)
+
+
+def remove_abandoned(db: Database) -> None:
+    """Remove batches that were never submitted whole."""
+    with db.write() as connection:
+        for batch_id in batches.remove_abandoned(connection, HALF_SUBMITTED_S):
+            log.warning("batch %s was never submitted whole; it is removed", batch_id)
 
 
 def _release(db: Database, session_id: str, settings: Settings, *, expired: bool) -> int:

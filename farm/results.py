@@ -14,30 +14,28 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from farm.blobs import BlobStore
-from farm.errors import StorageUnavailable
+from farm.errors import BlobDamaged, BlobNotFound, EnvironmentFault
 from farm.pictures import EXTENSIONS, sha256
 from farm.store.reads import Job
 
-MANIFEST = "jobs.jsonl"
 _THREADS = 8
 
 
 def fetch(blobs: BlobStore, job: Job) -> bytes:
     """The picture's bytes, checked against the recorded SHA-256.
 
-    Raises BlobNotFound when the object is gone, StorageUnavailable when it was changed.
+    Raises BlobNotFound when the object is gone, BlobDamaged when it was changed.
     """
     assert job.object_key, f"{job.id} has no picture"
     data = blobs.get(job.object_key)
     if sha256(data) != job.sha256:
-        raise StorageUnavailable(
-            f"{job.object_key} is not the picture that was recorded for {job.id}"
-        )
+        raise BlobDamaged(f"{job.object_key} is not the picture that was recorded for {job.id}")
     return data
 
 
 def file_name(job: Job) -> str:
-    return f"{job.idx:07d}.{EXTENSIONS[job.spec['format']]}"
+    """BATCH-INDEX.png: pictures of several batches may lie in one directory."""
+    return f"{job.batch_id}-{job.idx:07d}.{EXTENSIONS[job.spec['format']]}"
 
 
 def download(
@@ -46,37 +44,51 @@ def download(
     directory: Path,
     done: Callable[[Path], None] = lambda path: None,
 ) -> int:
-    """Write each job's picture to `directory` and its parameters to jobs.jsonl; how many.
+    """Write each job's picture to `directory` and its parameters to BATCH.jsonl; how many.
 
     Pictures that lie there already, whole, are not fetched again. Files appear whole or not at all.
+    A picture that is gone or damaged does not stop the others: BlobNotFound is raised at the end.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    manifest = directory / f".{MANIFEST}.{os.getpid()}"
-    count = 0
-    with ThreadPoolExecutor(_THREADS) as pool, manifest.open("w", encoding="utf-8") as lines:
-        stream = iter(jobs)
+    rows: dict[str, list[str]] = {}
+    missing: list[EnvironmentFault] = []
+    stream = iter(jobs)
+    with ThreadPoolExecutor(_THREADS) as pool:
         while group := list(islice(stream, 256)):
-            paths = pool.map(lambda job: _save(blobs, job, directory), group)
-            for job, path in zip(group, paths, strict=True):
+            found = pool.map(lambda job: _save(blobs, job, directory), group)
+            for job, path in zip(group, found, strict=True):
+                if isinstance(path, EnvironmentFault):
+                    missing.append(path)
+                    continue
                 row = {"id": job.id, "file": path.name, "sha256": job.sha256, **job.spec}
-                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count += 1
+                rows.setdefault(job.batch_id, []).append(json.dumps(row, ensure_ascii=False))
                 done(path)
-    manifest.replace(directory / MANIFEST)
-    return count
+    for batch_id, lines in rows.items():
+        _write(directory / f"{batch_id}.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    if missing:
+        raise BlobNotFound(f"{len(missing)} pictures are missing; the first: {missing[0].message}")
+    return sum(map(len, rows.values()))
 
 
-def _save(blobs: BlobStore, job: Job, directory: Path) -> Path:
+def _save(blobs: BlobStore, job: Job, directory: Path) -> Path | EnvironmentFault:
     path = directory / file_name(job)
     if path.is_file() and sha256(path.read_bytes()) == job.sha256:
         return path
-    part = directory / f".{path.name}.{os.getpid()}-{threading.get_ident()}"
     try:
-        part.write_bytes(fetch(blobs, job))
+        _write(path, fetch(blobs, job))
+    except (BlobNotFound, BlobDamaged) as error:
+        return error
+    return path
+
+
+def _write(path: Path, data: bytes) -> None:
+    """The file whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
+    try:
+        part.write_bytes(data)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    return path
 
 
 def contact_sheet(

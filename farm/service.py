@@ -26,7 +26,6 @@ from farm.catalog import Catalog, load_catalog
 from farm.config import Settings, load_settings
 from farm.errors import (
     DatabaseUnavailable,
-    EnvironmentFault,
     InvalidConfig,
     InvalidParameter,
     InvalidPromptFile,
@@ -175,8 +174,8 @@ class Farm:
         """Best effort: the jobs are safe in SQL, and the dispatcher rings on its next tick."""
         try:
             dispatch.ring(self.db, self.broker, None, self.settings.tokens_per_worker)
-        except EnvironmentFault as error:
-            log.warning("%s; the jobs are queued and start when it is back", error.message)
+        except Exception as error:
+            log.warning("%s; the jobs are queued and start when it is back", error)
 
     # ---- look
 
@@ -265,7 +264,7 @@ class Farm:
         directory: Path | str,
         done: Callable[[Path], None] = lambda path: None,
     ) -> int:
-        """Write the batch's pictures and jobs.jsonl into a directory; how many. Resumable."""
+        """Write the batch's pictures and BATCH.jsonl into a directory; how many. Resumable."""
         return results.download(self.blobs, self.pictures(batch_id), Path(directory), done)
 
     def contact_sheet(self, batch_id: str, path: Path | str, *, most: int = 200) -> int:

@@ -29,27 +29,38 @@ class Claims:
 
     def __init__(self, db: Database, lane: Lane, session: Callable[[], str]) -> None:
         self._db, self._lane, self._session = db, lane, session
+        self._claiming = threading.Lock()  # a claim and what is known of it change together
         self._lock = threading.Lock()
         self._known: set[tuple[JobRef, int]] = set()
         self._sweep_at = time.monotonic() + SWEEP_S
 
     def next(self, size: int) -> list[Claim]:
         """The next bundle of at most `size` jobs; empty when there is none or SQL is away."""
-        session_id = self._session()
-        try:
-            if time.monotonic() >= self._sweep_at:
-                self._sweep(session_id)
-            bundle = dispatch.claim_bundle(self._db, session_id, self._lane, size)
-        except Exception as error:
-            self._sweep_at = 0.0  # its commit may have come through
-            if isinstance(error, EnvironmentFault):
-                log.warning("no claim: %s", error.message)
-            else:
-                log.exception("no claim")
-            return []
-        with self._lock:
-            self._known.update((claim.ref, claim.claim_no) for claim in bundle)
-        return bundle
+        with self._claiming:
+            try:
+                bundle = dispatch.claim_bundle(self._db, self._session(), self._lane, size)
+            except Exception as error:
+                self._sweep_at = 0.0  # its commit may have come through
+                if isinstance(error, EnvironmentFault):
+                    log.warning("no claim: %s", error.message)
+                else:
+                    log.exception("no claim")
+                return []
+            with self._lock:
+                self._known.update((claim.ref, claim.claim_no) for claim in bundle)
+            return bundle
+
+    def tend(self) -> None:
+        """Give back strays, from time to time and soon after a claim that failed.
+
+        To be called with each heartbeat: a lane that has nothing left to claim rings no more.
+        Raises DatabaseUnavailable.
+        """
+        if time.monotonic() >= self._sweep_at and self._claiming.acquire(blocking=False):
+            try:
+                self._sweep(self._session())
+            finally:
+                self._claiming.release()
 
     def forget(self, claims: Iterable[Claim]) -> None:
         """The end of these is recorded. Safe from any thread."""

@@ -35,10 +35,12 @@ class Heart:
         told: Callable[[], Beat],
         on_cancel: Callable[[set[JobRef]], None],
         on_lost: Callable[[], None],
+        tend: Callable[[], None] = lambda: None,
     ) -> None:
         self._db, self._lane, self._ttl = db, lane, ttl_s
         self._device, self._info = device, info
         self._told, self._on_cancel, self._on_lost = told, on_cancel, on_lost
+        self._tend = tend
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
         self._trouble = ""
@@ -80,6 +82,7 @@ class Heart:
             try:
                 if since >= beat_every:
                     self._beat(told)
+                    self._tend()
                     since = 0  # only now: a beat that failed is tried again at once
                 if told.state != "idle":
                     self._look()

@@ -54,7 +54,10 @@ class Runner:
         self._broker, self._blobs = broker, blobs
         self._claims = Claims(db, self.lane, lambda: self._heart.session_id)
         self._prefetch = ThreadPoolExecutor(1, thread_name_prefix="claims")
+        self._bell = ThreadPoolExecutor(1, thread_name_prefix="bell")
+        self._ringing: Future[None] | None = None
         self._stopping, self.broken = threading.Event(), threading.Event()
+        self._stop_asked = threading.Event()
         self._bundle_lock = threading.Lock()
         self._bundle: list[Claim] = []  # under way in the child
         self._unwanted: set[JobRef] = set()  # cancelled while claimed
@@ -79,6 +82,7 @@ class Runner:
             told=self._told,
             on_cancel=self._cancel,
             on_lost=self._abandon,
+            tend=self._claims.tend,
         )
         self._heart.start()
         return info
@@ -107,9 +111,10 @@ class Runner:
         return self._claims.next(min(max(size, self._micro_batch), most))
 
     def _claim_and_ring(self) -> list[Claim]:
+        """The next bundle; the bell is rung beside it, for a broker may take its time."""
         bundle = self._next_bundle()
-        if bundle:
-            self.ring()
+        if bundle and (self._ringing is None or self._ringing.done()):
+            self._ringing = self._bell.submit(self.ring)
         return bundle
 
     def _render(self, bundle: list[Claim]) -> list[Claim]:
@@ -230,8 +235,9 @@ class Runner:
 
     def stop(self) -> None:
         """Take no more work: finish the pictures under way, give the rest back."""
-        if self._stopping.is_set():
+        if self._stop_asked.is_set():
             return
+        self._stop_asked.set()
         log.info("stopping: the pictures under way are finished, the rest goes back")
         self._stopping.set()
         grace = self._settings.shutdown_grace_s
@@ -245,7 +251,8 @@ class Runner:
     def close(self) -> None:
         """After the last `work`: record what is left, end the session and the engine."""
         self._stopping.set()
-        self._prefetch.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._prefetch, self._bell):
+            pool.shutdown(wait=False, cancel_futures=True)
         self._keeper.close()
         if not self._recorder.close(timeout_s=10.0):
             log.warning("the database is away; what was not recorded is rendered again")

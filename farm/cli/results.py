@@ -36,7 +36,7 @@ def results(
 ) -> None:
     """Download a batch's pictures, or make a contact sheet, or list them.
 
-    The directory also gets jobs.jsonl: file, SHA-256 and parameters of each
+    The directory also gets BATCH.jsonl: file, SHA-256 and parameters of each
     picture. What is there already is not fetched again. Exits with 1 if jobs
     failed.
     """

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, func, literal_column, or_, select, update
+from sqlalchemy import Connection, Row, and_, delete, func, literal_column, or_, select, update
 
 from farm.errors import NotFound
 from farm.states import JobState
@@ -72,10 +72,10 @@ def touch(connection: Connection, batch_id: str) -> None:
     connection.execute(update(batches).where(batches.c.id == batch_id).values(touched_at=now()))
 
 
-def abandoned(connection: Connection, after_s: float) -> list[str]:
-    """Batches whose submitter stopped half-way, and wrote nothing for `after_s` seconds."""
-    query = select(batches.c.id).where(~batches.c.ready, batches.c.touched_at < now() - after_s)
-    return list(connection.scalars(query))
+def remove_abandoned(connection: Connection, after_s: float) -> list[str]:
+    """Remove batches whose submitter stopped half-way, silent for `after_s` seconds; their ids."""
+    half = and_(~batches.c.ready, batches.c.touched_at < now() - after_s)
+    return list(connection.scalars(delete(batches).where(half).returning(batches.c.id)))
 
 
 def release(connection: Connection, batch_id: str, total: int) -> None:

@@ -61,7 +61,9 @@ class Database:
         if self.dialect == "postgresql":
             if url.startswith("postgresql://"):
                 url = url.replace("postgresql://", "postgresql+psycopg://", 1)
-            return create_engine(url, pool_pre_ping=True, connect_args=POSTGRES)
+            engine = create_engine(url, pool_pre_ping=True, connect_args=POSTGRES)
+            event.listen(engine, "connect", _postgres_connect)
+            return engine
         if database and database != ":memory:":
             Path(database).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
@@ -111,6 +113,14 @@ class Database:
 def _first_line(error: Exception) -> str:
     cause = error.orig if isinstance(error, DBAPIError) and error.orig else error
     return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+
+
+def _postgres_connect(connection: Any, record: Any) -> None:
+    """A machine that freezes in a transaction must not hold up the others for long."""
+    with connection.cursor() as cursor:
+        cursor.execute("SET lock_timeout = '10s'")
+        cursor.execute("SET idle_in_transaction_session_timeout = '30s'")
+    connection.commit()
 
 
 def _sqlite_connect(connection: Any, record: Any) -> None:

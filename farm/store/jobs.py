@@ -18,7 +18,6 @@ from sqlalchemy import (
     and_,
     bindparam,
     exists,
-    false,
     func,
     literal_column,
     or_,
@@ -218,11 +217,12 @@ def lock(connection: Connection, held: Sequence[Claim]) -> None:
     for session_id in sorted({claim.session_id for claim in held}):
         rows = select(jobs.c.idx).where(jobs.c.session_id == session_id, _is(RUNNING))
         connection.execute(rows.order_by(jobs.c.batch_id, jobs.c.idx).with_for_update()).all()
-    ids = sorted({claim.ref.batch_id for claim in held})
-    mine = select(counts.c.model).where(counts.c.batch_id.in_(ids))
-    connection.execute(mine.order_by(counts.c.batch_id, counts.c.model).with_for_update()).all()
-    whole = select(batches.c.id).where(batches.c.id.in_(ids)).order_by(batches.c.id)
-    connection.execute(whole.with_for_update(key_share=True)).all()
+    for batch_id, model in sorted({(claim.ref.batch_id, claim.spec.model) for claim in held}):
+        mine = and_(counts.c.batch_id == batch_id, counts.c.model == model)
+        connection.execute(select(counts.c.model).where(mine).with_for_update()).all()
+    for batch_id in sorted({claim.ref.batch_id for claim in held}):
+        whole = select(batches.c.id).where(batches.c.id == batch_id)
+        connection.execute(whole.with_for_update(key_share=True)).all()
 
 
 _GUARD = and_(
@@ -377,48 +377,47 @@ def _leave(
     return True
 
 
-def _some(
+def _locked(
     connection: Connection,
     batch_id: str,
     idx: int | None,
     *where: ColumnElement[bool],
     limit: int,
-) -> ColumnElement[bool]:
-    """The first `limit` jobs of a batch that fulfil `where`, locked in order, as a range."""
-    mine = and_(jobs.c.batch_id == batch_id, *where)
-    chosen = select(jobs.c.idx).where(mine).order_by(jobs.c.idx).limit(limit).with_for_update()
+) -> dict[JobState, list[int]]:
+    """The first `limit` jobs of a batch that fulfil `where`, locked in order: places by state."""
+    chosen = select(jobs.c.idx, jobs.c.state).where(jobs.c.batch_id == batch_id, *where)
     if idx is not None:
         chosen = chosen.where(jobs.c.idx == idx)
-    places = connection.scalars(chosen).all()
-    return and_(mine, jobs.c.idx.between(places[0], places[-1])) if places else false()
+    found: dict[JobState, list[int]] = {}
+    for row in connection.execute(chosen.order_by(jobs.c.idx).limit(limit).with_for_update()):
+        found.setdefault(JobState(row.state), []).append(row.idx)
+    return found
 
 
 def request_cancel(
     connection: Connection, batch_id: str, idx: int | None = None, *, limit: int = 5000
 ) -> tuple[int, int]:
-    """queued -> cancelled at once, at most `limit` of them; a running one is asked to stop.
+    """queued -> cancelled at once; a running one is asked to stop; at most `limit` in all.
 
     Returns (cancelled now, asked to stop). Call again until both are 0.
     """
-    fresh = [_is(RUNNING), ~jobs.c.cancel_requested]
-    stoppable = _some(connection, batch_id, idx, *fresh, limit=limit)
-    waiting = _some(connection, batch_id, idx, _is(QUEUED), limit=limit)
-    asked = connection.execute(update(jobs).where(stoppable).values(cancel_requested=True)).rowcount
-    moved = _move_waiting(
-        connection,
-        batch_id,
-        [(QUEUED, CANCELLED)],
-        waiting,
-        {
-            "finished_at": now(),
-            "error_code": JobCancelled.code,
-            "error": JobCancelled().message,
-            "cancel_requested": False,
-            "not_before": None,
-        },
-        "cancelled",
-    )
-    return moved, asked
+    # one look at both, so that a job which is claimed meanwhile is in one of them
+    open_jobs = or_(_is(QUEUED), and_(_is(RUNNING), ~jobs.c.cancel_requested))
+    found = _locked(connection, batch_id, idx, open_jobs, limit=limit)
+    running = found.get(RUNNING, [])
+    if running:
+        mine = and_(jobs.c.batch_id == batch_id, jobs.c.idx.in_(running))
+        connection.execute(update(jobs).where(mine).values(cancel_requested=True))
+    values = {
+        "finished_at": now(),
+        "error_code": JobCancelled.code,
+        "error": JobCancelled().message,
+        "cancel_requested": False,
+        "not_before": None,
+    }
+    waiting = {QUEUED: found.get(QUEUED, [])}
+    moved = _move_waiting(connection, batch_id, waiting, CANCELLED, values, "cancelled")
+    return moved, len(running)
 
 
 def redrive(
@@ -432,6 +431,7 @@ def redrive(
 ) -> int:
     """failed, cancelled -> queued by a person, at most `limit`; its failures start anew."""
     where = [jobs.c.state.in_(states)] + ([jobs.c.error_code == code] if code else [])
+    found = _locked(connection, batch_id, idx, *where, limit=limit)
     fresh = {
         "finished_at": None,
         "failures": 0,
@@ -444,9 +444,7 @@ def redrive(
         "progress": 0.0,
         "engine": None,
     }
-    arrows = [(old, QUEUED) for old in states]
-    chosen = _some(connection, batch_id, idx, *where, limit=limit)
-    moved = _move_waiting(connection, batch_id, arrows, chosen, fresh, "redriven")
+    moved = _move_waiting(connection, batch_id, found, QUEUED, fresh, "redriven")
     if moved:
         connection.execute(update(batches).where(batches.c.id == batch_id).values(finished_at=None))
     return moved
@@ -455,17 +453,19 @@ def redrive(
 def _move_waiting(
     connection: Connection,
     batch_id: str,
-    arrows: Sequence[tuple[JobState, JobState]],
-    where: ColumnElement[bool],
+    places: dict[JobState, list[int]],
+    new: JobState,
     values: dict[str, Any],
     kind: str,
 ) -> int:
-    """Move jobs that no session holds; `where` names their batch and bounds their number."""
+    """Move locked jobs that no session holds, given by their old state; how many."""
     tally, total = _Tally(), 0
-    for old, new in arrows:
+    for old, idxs in places.items():
+        if not idxs:
+            continue
         moved = connection.execute(
             update(jobs)
-            .where(where, jobs.c.state == old)
+            .where(jobs.c.batch_id == batch_id, jobs.c.idx.in_(idxs))
             .values(state=new, **values)
             .returning(jobs.c.idx, jobs.c.model, jobs.c.claim_no)
         ).all()
@@ -475,8 +475,7 @@ def _move_waiting(
             {"batch_id": batch_id, "idx": r.idx, "kind": kind, "claim_no": r.claim_no}
             for r in moved
         ]
-        if rows:
-            connection.execute(events.insert().values(at=now()), rows)
+        connection.execute(events.insert().values(at=now()), rows)
         total += len(moved)
     tally.write(connection)
     return total

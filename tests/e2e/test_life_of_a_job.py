@@ -45,9 +45,10 @@ def test_prompts_in_pictures_out(kit: FarmKit) -> None:
     out = kit.home / "out"
     assert kit.farm.download(batch.id, out) == 6
     names = sorted(path.name for path in out.iterdir())
-    assert names == ["0000000.png", "0000001.png", "0000002.png", "0000003.png",
-                     "0000004.webp", "0000005.webp", "jobs.jsonl"]  # fmt: skip
-    rows = [json.loads(line) for line in (out / "jobs.jsonl").read_text().splitlines()]
+    endings = [name.removeprefix(batch.id) for name in names]
+    assert endings == ["-0000000.png", "-0000001.png", "-0000002.png", "-0000003.png",
+                       "-0000004.webp", "-0000005.webp", ".jsonl"]  # fmt: skip
+    rows = [json.loads(line) for line in (out / f"{batch.id}.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["one"] * 2 + ["two"] * 2 + ["three"] * 2
     assert kit.farm.contact_sheet(batch.id, kit.home / "sheet.png") == 6
 

@@ -376,7 +376,7 @@ def test_a_batch_that_partly_failed(run: Run, client: Farm, tmp_path: Path) -> N
     assert fetched.code == 1
     assert fetched.json()["pictures"] == fetched.json()["on_sheet"] == 2
     assert sorted(path.name for path in (tmp_path / "got").iterdir()) == [
-        "0000001.png", "0000002.png", "jobs.jsonl",
+        f"{batch}-0000001.png", f"{batch}-0000002.png", f"{batch}.jsonl",
     ]  # fmt: skip
     assert (tmp_path / "sheet.png").is_file()
     listed = run("results", batch, "--list", "--json")

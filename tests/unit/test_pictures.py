@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from farm.blobs import open_blobs
-from farm.errors import BlobNotFound, StorageUnavailable
+from farm.errors import BlobDamaged, BlobNotFound
 from farm.pictures import CONTENT_TYPES, Origin, encode, object_key, parameters, sha256
 from farm.results import contact_sheet, download, fetch
 from farm.store.ids import JobRef
@@ -70,17 +70,21 @@ def test_download_is_whole_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
         jobs.append(job(idx, data, key))
     out, seen = tmp_path / "out", list[Path]()
     assert download(blobs, jobs, out, seen.append) == len(seen) == 5
-    (out / "0000001.png").write_bytes(b"cut")
+    (out / "0abc-0000001.png").write_bytes(b"cut")
     blobs.delete([j.object_key for j in jobs if j.idx != 1 and j.object_key])
     assert download(blobs, jobs, out) == 5, "only the damaged one is fetched again"
-    assert sorted(p.name for p in out.iterdir()) == [f"000000{i}.png" for i in range(5)] + [
-        "jobs.jsonl"
-    ]
-    rows = [json.loads(line) for line in (out / "jobs.jsonl").read_text("utf-8").splitlines()]
+    names = [f"0abc-000000{i}.png" for i in range(5)]
+    assert sorted(p.name for p in out.iterdir()) == [*names, "0abc.jsonl"]
+    rows = [json.loads(line) for line in (out / "0abc.jsonl").read_text("utf-8").splitlines()]
     assert [row["prompt"] for row in rows] == [PROMPT] * 5
     with pytest.raises(BlobNotFound):
         fetch(blobs, jobs[0])
-    with pytest.raises(StorageUnavailable, match="not the picture"):
+    (out / "0abc-0000000.png").unlink()
+    (out / "0abc.jsonl").unlink()
+    with pytest.raises(BlobNotFound, match=r"1 pictures are missing.*0000000-1"):
+        download(blobs, jobs, out)
+    assert len((out / "0abc.jsonl").read_text("utf-8").splitlines()) == 4, "the others are there"
+    with pytest.raises(BlobDamaged, match="not the picture"):
         fetch(blobs, replace(jobs[1], sha256="0" * 64))
     assert contact_sheet(blobs, iter(jobs[1:2]), tmp_path / "sheet.png") == 1
     assert contact_sheet(blobs, iter([]), tmp_path / "none.png") == 0

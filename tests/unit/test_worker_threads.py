@@ -103,6 +103,8 @@ def test_a_claim_whose_answer_was_lost_goes_back(kit: Kit, monkeypatch: pytest.M
     assert claims.next(1) == []
     assert kit.states(batch) == {"queued": 1, "running": 1}
     monkeypatch.setattr(dispatch, "claim_bundle", real)
+    claims.tend()
+    assert kit.states(batch) == {"queued": 2}, "also when nobody asks for more"
     bundle = claims.next(8)
     assert {claim.ref.idx for claim in bundle} == {0, 1}
     claims._sweep(session)
