@@ -103,6 +103,8 @@ def submit(
         "format": str(output_format) if output_format else None,
     }
     about: dict[str, Any] = {"n": n, "name": name, "owner": owner, "priority": priority}
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is said at once
     with open_farm() as farm:
         if file is None:
             status = _submit_prompts(farm, prompts or [], params | about)
