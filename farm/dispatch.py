@@ -56,8 +56,3 @@ def ring(db: Database, broker: Broker, models: Iterable[str] | None, per_worker:
             broker.publish(lane, missing)
             sent += missing
     return sent
-
-
-def ring_lane(db: Database, broker: Broker, lane: Lane, per_worker: int) -> int:
-    """`ring` for one lane's model."""
-    return ring(db, broker, [lane.model], per_worker)

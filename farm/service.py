@@ -140,7 +140,9 @@ class Farm:
         unknown = set(params) - set(FIELDS)
         if unknown:
             raise InvalidParameter(f"unknown field {min(unknown)!r}; known: {', '.join(FIELDS)}")
-        given = {"model": self.default_model()} | {k: v for k, v in params.items() if v is not None}
+        given = {k: v for k, v in params.items() if v is not None}
+        if "model" not in given:
+            given["model"] = self.default_model()
         stream = _checked(prompts.make_specs(rows, Defaults(given, n), self.catalog))
         first = list(islice(stream, CHUNK))
         if not first:

@@ -18,12 +18,11 @@ from celery import signals
 from celery.platforms import SecurityWarning
 from celery.worker import state as celery_state
 
-from farm.blobs import open_blobs
 from farm.broker import TASK, Broker
 from farm.catalog import Lane, load_catalog
 from farm.config import load_settings
 from farm.errors import DatabaseUnavailable, FarmError
-from farm.service import Farm, s3_options
+from farm.service import Farm
 from workers.child import Child
 from workers.engine import EngineConfig
 from workers.runner import Runner
@@ -84,8 +83,7 @@ def _serve(args: argparse.Namespace, engine_log: Path) -> int:
         step_timeout_s=settings.step_timeout_s,
         log=engine_log,
     )
-    blobs = open_blobs(settings.blobs, s3=s3_options(settings))
-    runner = Runner(config, child, settings, farm.db, farm.broker, blobs)
+    runner = Runner(config, child, settings, farm.db, farm.broker, farm.blobs)
     info = runner.start()
     log.info("%s loaded on %s, micro-batches of %d", lane.model, info.device, info.micro_batch)
     try:
@@ -93,7 +91,6 @@ def _serve(args: argparse.Namespace, engine_log: Path) -> int:
     finally:
         runner.close()
         farm.close()
-        blobs.close()
 
 
 def _await_schema(farm: Farm) -> None:

@@ -37,7 +37,7 @@ from farm.errors import (
     by_code,
 )
 from farm.spec import JobSpec
-from workers.engine import Engine, EngineConfig, EngineInfo, Pixels, create
+from workers.engine import Engine, EngineConfig, EngineInfo, Pixels, create, said
 from workers.messages import (
     Broken,
     Bundle,
@@ -100,14 +100,8 @@ def _load(config: EngineConfig, outbox: Outbox) -> tuple[Engine, EngineInfo]:
         failure: FarmError = error
     except Exception as error:
         traceback.print_exc()
-        failure = ModelNotLoaded(f"model {config.model}: {_said(error)}")
+        failure = ModelNotLoaded(f"model {config.model}: {said(error)}")
     outbox.give_up(failure)
-
-
-def _said(error: BaseException) -> str:
-    """The type and the first line of an exception."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:500]}" if lines else type(error).__name__
 
 
 class Outbox:
@@ -242,14 +236,14 @@ class BundleRun:
         except OutOfMemory as error:
             return OutOfMemory(error.message)
         except MemoryError as error:
-            return OutOfMemory(_said(error))
+            return OutOfMemory(said(error))
         except EngineFault as error:
             self._outbox.give_up(error)
         except FarmError as error:
             return by_code(error.code, error.message)
         except Exception as error:
             traceback.print_exc()
-            return RenderFailed(_said(error))
+            return RenderFailed(said(error))
 
     def _spoilt(self, ids: tuple[int, ...], error: FarmError) -> None:
         """Not one picture came: try again in smaller parts, or name the error."""

@@ -111,3 +111,9 @@ def create(config: EngineConfig) -> Engine:
         ) from error
     engine: Engine = made(config)
     return engine
+
+
+def said(error: BaseException) -> str:
+    """The type and the first line of an exception."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:500]}" if lines else type(error).__name__

@@ -90,7 +90,9 @@ class Runner:
     def ring(self) -> None:
         """Ask for tokens of this lane, best effort: there may be work that nobody rang for."""
         try:
-            dispatch.ring_lane(self._db, self._broker, self.lane, self._settings.tokens_per_worker)
+            dispatch.ring(
+                self._db, self._broker, [self.lane.model], self._settings.tokens_per_worker
+            )
         except Exception as error:  # a claimed bundle must not be forgotten for a bell
             log.warning("no ring: %s", error)
 

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, delete, func, literal_column, or_, select, update
+from sqlalchemy import Connection, Row, and_, delete, func, select, update
 
 from farm.errors import NotFound
 from farm.states import JobState
 from farm.store.db import Database
 from farm.store.ids import new_batch_id
-from farm.store.tables import batches, counts, jobs, now
+from farm.store.tables import batches, counts, is_due, jobs, now
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,7 @@ def candidates(connection: Connection, model: str, limit: int = 16) -> list[Row[
     due = select(jobs.c.idx).where(
         jobs.c.batch_id == counts.c.batch_id,
         jobs.c.model == model,
-        jobs.c.state == literal_column("'queued'"),
-        or_(jobs.c.not_before.is_(None), jobs.c.not_before <= now()),
+        is_due(),
     )
     query = (
         select(batches.c.id, batches.c.params)

@@ -19,7 +19,6 @@ from sqlalchemy import (
     bindparam,
     exists,
     func,
-    literal_column,
     or_,
     select,
     update,
@@ -30,7 +29,7 @@ from farm.errors import FarmError, JobCancelled
 from farm.spec import JobSpec
 from farm.states import FINAL_STATES, JobState, may_become
 from farm.store.ids import JobRef
-from farm.store.tables import batches, counts, events, jobs, now
+from farm.store.tables import batches, counts, events, is_due, is_state, jobs, now
 
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = JobState
 WINDOW = 1024  # places after the first waiting job among which jobs of its key are looked for
@@ -80,11 +79,6 @@ class _Tally:
         finals = {b for (b, _), c in self.moves.items() if any(c[s] > 0 for s in FINAL_STATES)}
         for batch_id in sorted(finals):
             _close_if_finished(connection, batch_id)
-
-
-def _is(state: JobState) -> ColumnElement[bool]:
-    """A literal, not a parameter: a prepared plan can use the partial indexes then."""
-    return jobs.c.state == literal_column(f"'{state}'")
 
 
 def _close_if_finished(connection: Connection, batch_id: str) -> None:
@@ -141,8 +135,7 @@ def claim(
     waiting = and_(
         jobs.c.batch_id == batch_id,
         jobs.c.model == lane.model,
-        _is(QUEUED),
-        or_(jobs.c.not_before.is_(None), jobs.c.not_before <= now()),
+        is_due(),
     )
     in_order = select(jobs.c.idx).where(waiting).order_by(jobs.c.idx)
     in_order = in_order.with_for_update(skip_locked=True)
@@ -156,7 +149,7 @@ def claim(
         chosen = list(connection.scalars(alike))
     moved = connection.execute(
         update(jobs)
-        .where(jobs.c.batch_id == batch_id, jobs.c.idx.in_(chosen), _is(QUEUED))
+        .where(jobs.c.batch_id == batch_id, jobs.c.idx.in_(chosen), is_state(QUEUED))
         .values(
             state=RUNNING,
             session_id=session_id,
@@ -203,7 +196,7 @@ def held_by(connection: Connection, session_id: str) -> list[tuple[Claim, bool]]
     rows = connection.execute(
         select(*_CLAIMED, jobs.c.started_at, batches.c.params.label("shared"))
         .join(batches, batches.c.id == jobs.c.batch_id)
-        .where(jobs.c.session_id == session_id, _is(RUNNING))
+        .where(jobs.c.session_id == session_id, is_state(RUNNING))
     )
     return [(_claim_of(r, r.shared, session_id), r.started_at is not None) for r in rows]
 
@@ -215,7 +208,7 @@ def lock(connection: Connection, held: Sequence[Claim]) -> None:
     for each other.
     """
     for session_id in sorted({claim.session_id for claim in held}):
-        rows = select(jobs.c.idx).where(jobs.c.session_id == session_id, _is(RUNNING))
+        rows = select(jobs.c.idx).where(jobs.c.session_id == session_id, is_state(RUNNING))
         connection.execute(rows.order_by(jobs.c.batch_id, jobs.c.idx).with_for_update()).all()
     for batch_id, model in sorted({(claim.ref.batch_id, claim.spec.model) for claim in held}):
         mine = and_(counts.c.batch_id == batch_id, counts.c.model == model)
@@ -228,7 +221,7 @@ def lock(connection: Connection, held: Sequence[Claim]) -> None:
 _GUARD = and_(
     jobs.c.batch_id == bindparam("g_batch"),
     jobs.c.idx == bindparam("g_idx"),
-    _is(RUNNING),
+    is_state(RUNNING),
     jobs.c.session_id == bindparam("g_session"),
     jobs.c.claim_no == bindparam("g_claim"),
 )
@@ -402,7 +395,7 @@ def request_cancel(
     Returns (cancelled now, asked to stop). Call again until both are 0.
     """
     # one look at both, so that a job which is claimed meanwhile is in one of them
-    open_jobs = or_(_is(QUEUED), and_(_is(RUNNING), ~jobs.c.cancel_requested))
+    open_jobs = or_(is_state(QUEUED), and_(is_state(RUNNING), ~jobs.c.cancel_requested))
     found = _locked(connection, batch_id, idx, open_jobs, limit=limit)
     running = found.get(RUNNING, [])
     if running:

@@ -6,13 +6,14 @@ import secrets
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, func, literal_column, select, update
+from sqlalchemy import Connection, func, select, update
 
 from farm.catalog import Lane
+from farm.states import JobState
 from farm.store.ids import JobRef
-from farm.store.tables import jobs, now, sessions
+from farm.store.tables import is_state, jobs, now, sessions
 
-_RUNNING = jobs.c.state == literal_column("'running'")
+_RUNNING = is_state(JobState.RUNNING)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    ColumnElement,
     Double,
     Float,
     ForeignKey,
@@ -23,7 +24,10 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    and_,
     func,
+    literal_column,
+    or_,
     text,
 )
 from sqlalchemy.ext.compiler import compiles
@@ -162,6 +166,18 @@ jobs = Table(
         postgresql_where=text("state = 'failed'"),
     ),
 )
+
+
+def is_state(state: JobState) -> ColumnElement[bool]:
+    """A literal, not a parameter: a prepared plan can use the partial indexes then."""
+    return jobs.c.state == literal_column(f"'{state}'")
+
+
+def is_due() -> ColumnElement[bool]:
+    """Queued, and not held back until later."""
+    not_held_back = or_(jobs.c.not_before.is_(None), jobs.c.not_before <= now())
+    return and_(is_state(JobState.QUEUED), not_held_back)
+
 
 # Every change of a job's state that is not the plain way, with its reason.
 events = Table(

@@ -10,7 +10,6 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import stat
@@ -63,11 +62,6 @@ def check_checkpoint(file: Path) -> list[str]:
         return [tensor.name for tensor in _tensors(file)]
     except (_Broken, OSError) as error:
         raise ModelNotLoaded(f"{file}: {error}") from None
-
-
-def sha256_of(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _tensors(file: Path) -> list[Tensor]:

@@ -33,8 +33,8 @@ from farm.errors import (
     OutOfMemory,
 )
 from farm.spec import SCHEDULERS, JobSpec
-from workers.engine import EngineConfig, EngineInfo, Pixels, Watch
-from workers.engines.diffusers_load import load, said, versions
+from workers.engine import EngineConfig, EngineInfo, Pixels, Watch, said
+from workers.engines.diffusers_load import load, versions
 
 SELF_TEST_SIDE, SELF_TEST_STEPS = 64, 4  # PNDM fails with fewer than four
 

@@ -15,7 +15,7 @@ import transformers
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from farm.errors import InvalidConfig, ModelNotLoaded
-from workers.engine import EngineConfig
+from workers.engine import EngineConfig, said
 from workers.engines.model_files import checked_files, manifest_sha256
 
 FEWEST_TOKENS = 32
@@ -57,12 +57,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def said(error: BaseException) -> str:
-    """The type and the first line of an exception."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:500]}"
 
 
 def _quieten() -> None:

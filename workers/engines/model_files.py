@@ -56,12 +56,12 @@ def manifest_sha256(folder: Path, files: list[Path]) -> str:
     with ThreadPoolExecutor(4) as pool:
         lines = [
             f"{digest}  {file.relative_to(folder).as_posix()}\n"
-            for digest, file in zip(pool.map(_sha256, files), files, strict=True)
+            for digest, file in zip(pool.map(sha256_of, files), files, strict=True)
         ]
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
 import math
 import os
@@ -31,6 +30,7 @@ import stable_diffusion_cpp as library
 
 from farm.errors import ModelNotLoaded, OutOfMemory, RenderFailed
 from workers.engine import Pixels
+from workers.engines.model_files import sha256_of
 from workers.engines.sdcpp_options import SdcppOptions
 
 PACKAGE = "stable-diffusion-cpp-python"
@@ -134,9 +134,7 @@ def build() -> dict[str, str]:
     """The build: its package, the library file's SHA-256 (16 digits), the instructions it uses."""
     told = library.sd_get_system_info().decode()
     used = sorted(re.findall(r"(\w+) = 1\b", told))
-    file = Path(library.stable_diffusion_cpp._lib._name)
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    digest = sha256_of(Path(library.stable_diffusion_cpp._lib._name))
     return {PACKAGE: version(PACKAGE), "build": digest[:16], "cpu": " ".join(used)}
 
 

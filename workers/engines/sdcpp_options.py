@@ -25,7 +25,7 @@ from typing import Any
 
 from farm.errors import InvalidConfig
 from workers.engine import EngineConfig
-from workers.engines.checkpoint_files import sha256_of
+from workers.engines.model_files import sha256_of
 
 WTYPES = (
     "default", "f32", "f16", "bf16", "q8_0", "q5_0", "q5_1", "q4_0", "q4_1",
