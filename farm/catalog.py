@@ -10,6 +10,11 @@ The demo model is built in; a models.toml adds others:
     revision = "462165984030d82259a11f4367a4eed129e94a7b"
     dtype = "float16"                                     # or: { default = ..., vae = ... }
 
+    [loras.pixel-art]                                     # what jobs may add, by this name
+    licence = "mit"
+    models = ["sdxl-base"]
+    weights = { path = "pixel-art.safetensors" }
+
 `farm models fetch` puts a repo's or url's files below the directory of the setting models_dir,
 beside a note of where they came from; load_catalog then gives that copy as `path`.
 """
@@ -29,7 +34,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from farm.demo import SHAPES_DIR
 from farm.errors import InvalidConfig, UnknownModel
-from farm.spec import NAME_PATTERN, canonical_scheduler
+from farm.samplers import canonical_scheduler
+from farm.spec import NAME_PATTERN
 
 EngineName = Literal["diffusers", "sdcpp", "fake"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -42,6 +48,10 @@ NOTE = ".fetched.json"
 """Beside fetched files: {"source": what Weights.source said, "files": the names, ...}."""
 _REPO = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?$"
 _COMPONENT = r"^[a-z][a-z0-9_]{0,62}$"
+
+
+LORA = "lora"
+"""In the place of an engine: the directory of a LoRA's file."""
 
 
 class Lane(NamedTuple):
@@ -180,6 +190,18 @@ class ModelEntry(_Entry):
         return bad
 
 
+class LoraEntry(_Entry):
+    """A LoRA: one file of low-rank changes (https://arxiv.org/abs/2106.09685) to some models."""
+
+    licence: str
+    licence_url: str = ""
+    terms: str = ""
+    description: str = ""
+    attribution: str = ""
+    models: Annotated[tuple[str, ...], Field(min_length=1)]  # those that it fits
+    weights: Weights
+
+
 DEMO = ModelEntry(
     licence="apache-2.0",
     description="coloured shapes on coloured backgrounds, 64x64; ships with the farm",
@@ -190,10 +212,13 @@ DEMO = ModelEntry(
 
 
 class Catalog:
-    """The models by name, the demo model `shapes` among them."""
+    """The models by name, the demo model `shapes` among them, and the LoRAs by name."""
 
-    def __init__(self, models: Mapping[str, ModelEntry]) -> None:
+    def __init__(
+        self, models: Mapping[str, ModelEntry], loras: Mapping[str, LoraEntry] | None = None
+    ) -> None:
         self.models = dict(models)
+        self.loras = dict(loras or {})
 
     def get(self, name: str) -> ModelEntry:
         """Raises UnknownModel, which names those that exist."""
@@ -206,6 +231,10 @@ class Catalog:
 
     def lanes(self) -> list[Lane]:
         return [Lane(name, engine) for name, m in self.models.items() for engine in m.engines]
+
+    def loras_for(self, model: str) -> dict[str, LoraEntry]:
+        """Those that a job of this model may name."""
+        return {name: lora for name, lora in self.loras.items() if model in lora.models}
 
     def weights(self, lane: Lane) -> Weights:
         """Raises UnknownModel when the model has no weights for the lane's engine."""
@@ -221,6 +250,7 @@ class Catalog:
 
 class _File(_Entry):
     models: dict[Annotated[str, Field(pattern=NAME_PATTERN)], ModelEntry] = {}
+    loras: dict[Annotated[str, Field(pattern=NAME_PATTERN)], LoraEntry] = {}
 
 
 def load_catalog(path: Path | None = None, models_dir: Path | None = None) -> Catalog:
@@ -232,15 +262,22 @@ def load_catalog(path: Path | None = None, models_dir: Path | None = None) -> Ca
     models = {"shapes": DEMO}
     if path is None:
         return Catalog(models)
-    for name, entry in _parsed(path).models.items():
-        engines = {}
-        for engine, weights in entry.engines.items():
-            found = (path.parent / weights.path).resolve() if weights.path else None
-            if found is None and models_dir is not None:
-                found = local_path(models_dir, Lane(name, engine), weights)
-            engines[engine] = located(weights, found) if found else weights
+    told = _parsed(path)
+
+    def found(lane: Lane, weights: Weights) -> Weights:
+        place = (path.parent / weights.path).resolve() if weights.path else None
+        if place is None and models_dir is not None:
+            place = local_path(models_dir, lane, weights)
+        return located(weights, place) if place else weights
+
+    for name, entry in told.models.items():
+        engines = {e: found(Lane(name, e), weights) for e, weights in entry.engines.items()}
         models[name] = entry.model_copy(update={"engines": engines})
-    return Catalog(models)
+    loras = {
+        name: lora.model_copy(update={"weights": found(Lane(name, LORA), lora.weights)})
+        for name, lora in told.loras.items()
+    }
+    return Catalog(models, loras)
 
 
 def _parsed(path: Path) -> _File:

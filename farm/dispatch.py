@@ -23,8 +23,10 @@ def claim_bundle(db: Database, session_id: str, lane: Lane, limit: int) -> list[
     with db.write() as connection:
         if not sessions.is_open(connection, session_id):
             return []
-        for batch in batches.candidates(connection, lane.model):
-            bundle = jobs.claim(connection, batch.id, batch.params, session_id, lane, limit)
+        for batch in batches.candidates(connection, lane):
+            bundle = jobs.claim(
+                connection, batch.id, batch.params, session_id, lane, limit, batch.asked_engine
+            )
             if bundle:
                 return bundle
     return []
@@ -48,9 +50,10 @@ def ring(db: Database, broker: Broker, models: Iterable[str] | None, per_worker:
         workers = sessions.live_lanes(connection)
     sent = 0
     for lane, n in workers.items():
-        if not waiting.get(lane.model) or (models is not None and lane.model not in models):
+        mine = waiting.get((lane.model, ""), 0) + waiting.get((lane.model, lane.engine), 0)
+        if not mine or (models is not None and lane.model not in models):
             continue
-        wanted = min(n * per_worker, waiting[lane.model])
+        wanted = min(n * per_worker, mine)
         missing = wanted - broker.length(lane)
         if missing > 0:
             broker.publish(lane, missing)

@@ -4,6 +4,7 @@ FarmError                       code, a sentence that a person can act on
 |-- Invalid                     refused, or the job is `failed` at once; never retried
 |   |-- InvalidPrompt           ERR_INVALID_PROMPT
 |   |-- InvalidParameter        ERR_INVALID_PARAMETER
+|   |-- PictureBlocked          ERR_BLOCKED               (by the safety checker)
 |   |-- UnknownModel            ERR_UNKNOWN_MODEL
 |   |-- InvalidPromptFile       ERR_INVALID_PROMPT_FILE   (carries one RowError a bad line)
 |   |-- InvalidConfig           ERR_INVALID_CONFIG
@@ -63,6 +64,12 @@ class InvalidParameter(Invalid):
     """A parameter is out of range or of the wrong type."""
 
     code = "ERR_INVALID_PARAMETER"
+
+
+class PictureBlocked(Invalid):
+    """The model's safety checker refused the picture; it was not stored."""
+
+    code = "ERR_BLOCKED"
 
 
 class UnknownModel(Invalid):

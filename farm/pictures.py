@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -38,6 +39,7 @@ class Origin:
 
     engine: str
     weights_sha256: str
+    loras: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of each, by name
 
 
 def object_key(ref: JobRef, claim_no: int, form: str) -> str:

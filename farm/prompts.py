@@ -9,27 +9,30 @@ from __future__ import annotations
 import csv
 import json
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pydantic import ValidationError
 
+from farm.abilities import narrowed
 from farm.catalog import Catalog
 from farm.errors import (
+    InvalidParameter,
     InvalidPrompt,
     InvalidPromptFile,
     RowError,
     UnknownModel,
 )
-from farm.spec import EXPECTED, FIELDS, MAX_SEED, JobSpec, row_errors
+from farm.spec import DEFAULT_STRENGTH, EXPECTED, FIELDS, MAX_SEED, JobSpec, row_errors
 
 FORMATS = ("jsonl", "csv", "txt")
 MAX_LINE_BYTES = 1 << 20
 MAX_PICTURES = 10_000
 Row = tuple[int, Mapping[str, Any] | RowError]
-_WHOLE = {"width", "height", "steps", "seed", "n"}
+_WHOLE = {"width", "height", "steps", "seed", "n", "clip_skip"}
+_NUMBERS = {"guidance_scale", "strength"}
 _ROW_FIELDS = (*FIELDS, "n")
 
 
@@ -152,17 +155,26 @@ def _cell(name: str, text: str) -> Any:
     try:
         if name in _WHOLE:
             return int(text)
-        return float(text) if name == "guidance_scale" else text
+        return float(text) if name in _NUMBERS else text
     except ValueError:
         return text
 
 
+def _no_pictures(given: str) -> str:
+    raise InvalidParameter("input pictures cannot be given here")
+
+
 @dataclass(frozen=True)
 class Defaults:
-    """What rows inherit: the submit's own options over the model's defaults."""
+    """What rows inherit: the submit's own options over the model's defaults.
+
+    `take` makes an input picture's key in the blob store of what a row says of it; it raises
+    InvalidParameter, which says what is wrong with it.
+    """
 
     given: Mapping[str, Any]
     n: int = 1
+    take: Callable[[str], str] = _no_pictures
 
 
 def make_specs(
@@ -194,6 +206,9 @@ def _row_specs(
         return
     entry = catalog.models[model]
     fields = {**entry.defaults.model_dump(), **fields}
+    if wrong := _take_pictures(line, fields, defaults.take):
+        yield from wrong
+        return
     seed = fields.pop("seed", None)
     if seed is None:
         seed = secrets.randbits(32)
@@ -202,17 +217,34 @@ def _row_specs(
     except ValidationError as error:
         yield from row_errors(line, error)
         return
-    refused = entry.refusals(fields | {"scheduler": spec.scheduler})
+    refused = entry.refusals(spec.model_dump())
     if seed + n - 1 > MAX_SEED:
         refused["seed"] = EXPECTED["seed"] + f", also for the last of {n} pictures"
-    if refused:
+    chosen = refused or narrowed(spec, entry, catalog)
+    if not isinstance(chosen, JobSpec):
         values = spec.model_dump()
-        for name, expected in refused.items():
+        for name, expected in chosen.items():
             yield RowError(line, name, repr(values[name]), expected)
         return
-    yield spec
+    yield chosen
     for i in range(1, n):
-        yield spec.model_copy(update={"seed": seed + i})
+        yield chosen.model_copy(update={"seed": seed + i})
+
+
+def _take_pictures(line: int, fields: dict[str, Any], take: Callable[[str], str]) -> list[RowError]:
+    """Put input pictures' keys in the place of what the row said of them."""
+    wrong = []
+    for name in ("init_image", "mask_image"):
+        given = fields.get(name)
+        if isinstance(given, str):
+            try:
+                fields[name] = take(given)
+            except InvalidParameter as error:
+                got = f"{given[:60]!r}: {error.message}"
+                wrong.append(RowError(line, name, got, EXPECTED[name]))
+    if fields.get("init_image") and fields.get("strength") is None:
+        fields["strength"] = DEFAULT_STRENGTH
+    return wrong
 
 
 def prompt_rows(prompts: Iterable[str | Mapping[str, Any]]) -> Iterator[Row]:

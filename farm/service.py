@@ -47,7 +47,8 @@ if TYPE_CHECKING:  # looking at batches needs no Celery, which is slow to import
 log = logging.getLogger(__name__)
 CHUNK = 5_000  # jobs in one transaction of a submit
 MOST_ERRORS = 1_000  # bad lines kept for the report; the rest are counted
-_SHARED = tuple(name for name in FIELDS if name not in ("prompt", "negative_prompt", "seed"))
+_OWN = ("prompt", "negative_prompt", "seed", "engine")  # columns of each job
+_SHARED = tuple(name for name in FIELDS if name not in _OWN)
 
 
 class Farm:
@@ -240,11 +241,16 @@ class Farm:
             return reads.failures(connection, batch_id)
 
     def unserved(self) -> dict[str, int]:
-        """Queued jobs of each model that no live worker serves now."""
+        """Queued jobs that no live worker serves now, by MODEL, or MODEL:ENGINE if they ask."""
         with self.db.read() as connection:
-            served = {lane.model for lane in sessions.live_lanes(connection)}
+            lanes = sessions.live_lanes(connection)
             waiting = batches.backlog(connection)
-        return {model: n for model, n in waiting.items() if model not in served}
+        served = {(lane.model, "") for lane in lanes} | {tuple(lane) for lane in lanes}
+        return {
+            f"{model}:{asked}" if asked else model: n
+            for (model, asked), n in waiting.items()
+            if (model, asked) not in served
+        }
 
     def workers(self) -> list[Worker]:
         with self.db.read() as connection:

@@ -13,39 +13,25 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from farm.errors import InvalidParameter, InvalidPrompt, RowError
+from farm.samplers import SAMPLERS, canonical_scheduler
 
 MAX_PROMPT_CHARS = 8_000
 MAX_SEED = 2**63 - 1
+MAX_LORAS = 8
+DEFAULT_STRENGTH = 0.8  # as the image-to-image pipelines of diffusers have it
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
-
-# Common sampler names -> diffusers scheduler class and the config values that differ from the
-# model's own. https://huggingface.co/docs/diffusers/api/schedulers/overview lists the pairs.
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "pndm": ("PNDMScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "dpm2": ("KDPM2DiscreteScheduler", {}),
-    "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "dpm++_2m": ("DPMSolverMultistepScheduler", {}),
-    "dpm++_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "dpm++_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "dpm++_sde": ("DPMSolverSinglestepScheduler", {}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-    "tcd": ("TCDScheduler", {}),
-    "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}),
-    "flow_heun": ("FlowMatchHeunDiscreteScheduler", {}),
-}
-_ALIAS_OF = {cls: alias for alias, (cls, config) in SCHEDULERS.items() if not config}
-_ALIAS_OF["DPMSolverMultistepScheduler"] = "dpm++_2m"
+INPUT_PATTERN = r"^inputs/[0-9a-f]{64}\.(png|jpg|webp)$"
 
 
 def _clean_text(text: str) -> str:
@@ -62,26 +48,45 @@ def _not_blank(text: str) -> str:
     return text
 
 
-def canonical_scheduler(name: str) -> str:
-    """The alias for a scheduler alias or diffusers class name.
-
-    Raises ValueError when neither is known.
-    """
-    alias = _ALIAS_OF.get(name, name.lower())
-    if alias not in SCHEDULERS:
-        raise ValueError("unknown scheduler")
-    return alias
+def _lora_weights(given: Any) -> Any:
+    """A mapping of names to weights, or its text form "NAME:WEIGHT, NAME", as sorted pairs."""
+    if isinstance(given, str):
+        pairs = [part.strip().partition(":") for part in given.split(",") if part.strip()]
+        given = [(name.strip(), weight.strip() or "1") for name, _, weight in pairs]
+    elif isinstance(given, Mapping):
+        given = list(given.items())
+    try:
+        found = tuple(sorted((str(name), float(weight)) for name, weight in given))
+    except (TypeError, ValueError):
+        raise ValueError("no names with weights") from None
+    if len(dict(found)) != len(found):
+        raise ValueError("a name stands twice")
+    return found
 
 
 Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARS), AfterValidator(_clean_text)]
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Input = Annotated[str, Field(pattern=INPUT_PATTERN)]
+LoraWeight = tuple[Name, Annotated[float, Field(ge=-4, le=4, allow_inf_nan=False)]]
+Loras = Annotated[
+    tuple[LoraWeight, ...], Field(max_length=MAX_LORAS), BeforeValidator(_lora_weights)
+]
+Kind = Literal["text-to-image", "image-to-image", "inpainting"]
 
 
 class JobSpec(BaseModel):
-    """One picture to render. Sizes in pixels."""
+    """One picture to render. Sizes in pixels.
+
+    `init_image`, `mask_image`: keys of input pictures in the blob store, by their SHA-256; white
+    in the mask is painted anew. `strength`: how far from the init image, 0 (it comes back) to 1.
+    `loras`: names in the catalogue with weights. `clip_skip`: layers of a CLIP text encoder left
+    out, counted from the last. `engine`: the only one that may render it; None: any.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    model: Annotated[str, Field(pattern=NAME_PATTERN)]
+    model: Name
+    engine: Literal["diffusers", "sdcpp", "fake"] | None = None
     prompt: Annotated[Text, AfterValidator(_not_blank)]
     negative_prompt: Text = ""
     width: Annotated[int, Field(ge=16, le=8192, multiple_of=8)]
@@ -91,6 +96,29 @@ class JobSpec(BaseModel):
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
     scheduler: Annotated[str, AfterValidator(canonical_scheduler)] | None = None
     format: Literal["png", "webp", "jpeg"] = "png"
+    init_image: Input | None = None
+    mask_image: Input | None = None
+    strength: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    loras: Loras = ()
+    clip_skip: Annotated[int, Field(ge=1, le=11)] | None = None
+
+    @model_validator(mode="after")
+    def _pictures_go_together(self) -> JobSpec:
+        if self.mask_image and not self.init_image:
+            raise ValueError("mask_image goes with init_image only")
+        if (self.strength is None) != (self.init_image is None):
+            raise ValueError("strength and init_image go together")
+        return self
+
+    @classmethod
+    def from_record(cls, fields: Mapping[str, Any]) -> JobSpec:
+        """A spec that was validated when it was recorded; JSON has made lists of its tuples."""
+        loras = tuple((name, weight) for name, weight in fields.get("loras", ()))
+        return cls.model_construct(**{**fields, "loras": loras})
+
+    @property
+    def kind(self) -> Kind:
+        return kind_of(self.init_image, self.mask_image)
 
     def canonical(self) -> str:
         """The job as canonical JSON."""
@@ -101,16 +129,25 @@ class JobSpec(BaseModel):
         """Compatibility key, 16 hex digits: equal for jobs that may share a micro-batch."""
         return compatibility_key(self.model_dump())
 
-    def fingerprint(self, engine: str, weights_sha256: str) -> str:
-        """SHA-256 (64 hex digits) of the job, the engine and the weights: one per picture."""
-        whole = {"engine": engine, "weights": weights_sha256, **self.model_dump()}
+    def fingerprint(
+        self, engine: str, weights_sha256: str, loras: Mapping[str, str] | None = None
+    ) -> str:
+        """SHA-256 (64 hex digits) of the job, the engine and the weights: one per picture.
+
+        `loras`: the SHA-256 of each LoRA that the job names. Which engine it asked for is no
+        part of it, which one rendered it is.
+        """
+        hashes = [(loras or {})[name] for name, _ in self.loras]
+        whole = {**self.model_dump(), "engine": engine, "weights": [weights_sha256, *hashes]}
         return hashlib.sha256(_canonical(whole).encode()).hexdigest()
 
 
 FIELDS = tuple(JobSpec.model_fields)
-PER_JOB = ("prompt", "negative_prompt", "seed", "format")  # may differ within a micro-batch
+# What may differ within a micro-batch; of the pictures, only whether there is one counts.
+PER_JOB = ("prompt", "negative_prompt", "seed", "format", "engine", "init_image", "mask_image")
 EXPECTED: dict[str, str] = {
     "model": "the name of a model in the catalogue",
+    "engine": "one of diffusers, sdcpp, or nothing for any",
     "prompt": f"a text of 1 to {MAX_PROMPT_CHARS:,} characters without control characters",
     "negative_prompt": f"a text of up to {MAX_PROMPT_CHARS:,} characters, no control characters",
     "width": "a multiple of 8 from 16 to 8192",
@@ -118,9 +155,21 @@ EXPECTED: dict[str, str] = {
     "steps": "a whole number from 1 to 500",
     "guidance_scale": "a number from 0 to 100",
     "seed": f"a whole number from 0 to {MAX_SEED}",
-    "scheduler": f"one of {', '.join(SCHEDULERS)}, or its diffusers class name",
+    "scheduler": f"one of {', '.join(SAMPLERS)}, or its diffusers class name",
     "format": "one of png, webp, jpeg",
+    "init_image": "a picture's file, or blob:KEY of one in the blob store",
+    "mask_image": "a picture's file, or blob:KEY of one in the blob store; white is painted anew",
+    "strength": "a number from 0 to 1, with an init_image",
+    "loras": f"up to {MAX_LORAS} names in the catalogue with weights from -4 to 4",
+    "clip_skip": "a whole number from 1 to 11",
 }
+
+
+def kind_of(init_image: str | None, mask_image: str | None) -> Kind:
+    """What a job with these pictures is."""
+    if mask_image:
+        return "inpainting"
+    return "image-to-image" if init_image else "text-to-image"
 
 
 def _canonical(value: Mapping[str, Any]) -> str:
@@ -130,6 +179,7 @@ def _canonical(value: Mapping[str, Any]) -> str:
 def compatibility_key(params: Mapping[str, Any]) -> str:
     """The key of a job given as a mapping of its fields; see JobSpec.key."""
     shared = {name: params[name] for name in FIELDS if name not in PER_JOB}
+    shared["kind"] = kind_of(params["init_image"], params["mask_image"])
     return hashlib.sha256(_canonical(shared).encode()).hexdigest()[:16]
 
 
@@ -138,11 +188,17 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}... ({len(text):,} characters)"
 
 
+def _named(message: str) -> str:
+    """The field that a fault of the whole begins with."""
+    first = message.removeprefix("Value error, ").split(" ", 1)[0]
+    return first if first in FIELDS else "row"
+
+
 def row_errors(line: int, error: ValidationError) -> list[RowError]:
     """A pydantic error as one RowError a field."""
     rows: dict[str, RowError] = {}
     for item in error.errors(include_url=False, include_context=False):
-        name = str(item["loc"][0]) if item["loc"] else "row"
+        name = str(item["loc"][0]) if item["loc"] else _named(item["msg"])
         code = InvalidPrompt.code if name.endswith("prompt") else InvalidParameter.code
         expected, got = EXPECTED.get(name, f"one of {', '.join(FIELDS)}"), _shown(item["input"])
         if item["type"] == "missing":

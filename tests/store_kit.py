@@ -38,7 +38,9 @@ class Kit:
         return cls(db)
 
     def batch(self, *specs: JobSpec, priority: int = 0, ready: bool = True) -> str:
-        shared = {k: v for k, v in specs[0].model_dump().items() if k not in ("prompt", "seed")}
+        shared = {
+            k: v for k, v in specs[0].model_dump().items() if k not in ("prompt", "seed", "engine")
+        }
         with self.db.write() as connection:
             batch_id = batches.create(connection, shared, name="", owner="", priority=priority)
             jobs.insert(connection, batch_id, 0, specs, shared)
@@ -53,12 +55,12 @@ class Kit:
             )
 
     def claim(
-        self, batch_id: str, session_id: str, limit: int = 1, lane: Lane = LANE
+        self, batch_id: str, session_id: str, limit: int = 1, lane: Lane = LANE, asked: str = ""
     ) -> list[Claim]:
         with self.db.write() as connection:
             mine = select(batches_table.c.params).where(batches_table.c.id == batch_id)
             params = connection.scalars(mine).one()
-            return jobs.claim(connection, batch_id, params, session_id, lane, limit)
+            return jobs.claim(connection, batch_id, params, session_id, lane, limit, asked)
 
     def states(self, batch_id: str) -> dict[str, int]:
         """The counters, checked against a full count."""

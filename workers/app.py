@@ -19,9 +19,9 @@ from celery.platforms import SecurityWarning
 from celery.worker import state as celery_state
 
 from farm.broker import TASK, Broker
-from farm.catalog import Lane, load_catalog
+from farm.catalog import Catalog, Lane, load_catalog
 from farm.config import load_settings
-from farm.errors import DatabaseUnavailable, FarmError
+from farm.errors import DatabaseUnavailable, FarmError, InvalidConfig
 from farm.service import Farm
 from workers.child import Child
 from workers.engine import EngineConfig
@@ -65,7 +65,8 @@ def _serve(args: argparse.Namespace, engine_log: Path) -> int:
     warnings.simplefilter("ignore", SecurityWarning)  # of root and pickle; ours is JSON only
     logging.getLogger("celery").setLevel(max(logging.WARNING, logging.root.level))
     lane = Lane(args.model, args.engine)
-    weights = load_catalog(settings.catalog_path, settings.models_path).weights(lane)
+    catalog = load_catalog(settings.catalog_path, settings.models_path)
+    weights = catalog.weights(lane)
     config = EngineConfig(
         engine=lane.engine,
         model=lane.model,
@@ -74,6 +75,7 @@ def _serve(args: argparse.Namespace, engine_log: Path) -> int:
         micro_batch=args.micro_batch,
         strict=args.strict,
         threads=args.threads or weights.threads,
+        loras=_lora_files(catalog, lane.model),
     )
     farm = Farm(settings)
     _await_schema(farm)
@@ -91,6 +93,16 @@ def _serve(args: argparse.Namespace, engine_log: Path) -> int:
     finally:
         runner.close()
         farm.close()
+
+
+def _lora_files(catalog: Catalog, model: str) -> dict[str, Path]:
+    """The files of the model's LoRAs; raises InvalidConfig for one that is not on this machine."""
+    files = {}
+    for name, lora in catalog.loras_for(model).items():
+        if lora.weights.path is None:
+            raise InvalidConfig(f"LoRA {name} is not here; first: farm models fetch {name}")
+        files[name] = lora.weights.path
+    return files
 
 
 def _await_schema(farm: Farm) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from farm.errors import EngineCrashed, EngineHung, InvalidParameter, JobCancelled, by_code
 from farm.spec import JobSpec
 from workers import child_main
-from workers.engine import EngineConfig, EngineInfo
+from workers.engine import NO_INPUTS, EngineConfig, EngineInfo, Inputs
 from workers.messages import (
     Broken,
     Bundle,
@@ -73,6 +73,7 @@ class Child:
         self._sending = threading.Lock()
         self._bundle = 0  # the latest; its orders carry this number
         self._specs: tuple[JobSpec, ...] = ()
+        self._inputs: Inputs = NO_INPUTS
         self._open = 0  # its jobs, 0 once it has ended
         self._left: set[int] = set()  # those without an end yet
         self._running: frozenset[int] = frozenset()  # the micro-batch under way
@@ -146,9 +147,10 @@ class Child:
         self._process = self._pipe = self._lifeline = None
 
     # ------------------------------------------------------------------- rendering
-    def render(self, specs: Sequence[JobSpec]) -> Iterator[Event]:
+    def render(self, specs: Sequence[JobSpec], inputs: Inputs = NO_INPUTS) -> Iterator[Event]:
         """Render a bundle of one compatibility key; the ids in the events are its positions.
 
+        `inputs`: the files of the input pictures that the jobs name, by key.
         Each job ends in exactly one Rendered, Failed or GivenBack, unless the process dies: then
         EngineCrashed or EngineHung is raised after the events that came before. If the events are
         not read to their end, the jobs left are cancelled.
@@ -162,8 +164,8 @@ class Child:
             self.start()
         self._bundle += 1
         self._specs, self._open, self._left = tuple(specs), len(specs), set(range(len(specs)))
-        self._running, self._unwanted = frozenset(), frozenset()
-        self._send(Bundle(self._bundle, self._specs))
+        self._running, self._unwanted, self._inputs = frozenset(), frozenset(), inputs
+        self._send(Bundle(self._bundle, self._specs, inputs=inputs))
         return self._events(self._bundle)
 
     def cancel(self, ids: Iterable[int]) -> None:
@@ -240,7 +242,8 @@ class Child:
             return
         self._begin_anew()
         self._spawn()
-        self._send(Bundle(self._bundle, self._specs, frozenset(range(self._open)) - self._left))
+        done = frozenset(range(self._open)) - self._left
+        self._send(Bundle(self._bundle, self._specs, done, self._inputs))
         if self._unwanted:  # what came while there was no process
             self._send(Cancel(self._bundle, self._unwanted))
         if self._stopped >= self._bundle:

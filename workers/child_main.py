@@ -229,7 +229,7 @@ class BundleRun:
     def _attempt(self, specs: Sequence[JobSpec]) -> Outcome:
         """The engine's answer. An exception ends here, with all that its frames held."""
         try:
-            outcome = self._engine.render(specs, self)
+            outcome = self._engine.render(specs, self, self._bundle.inputs)
             if len(outcome) != len(specs):
                 raise RuntimeError(f"{len(outcome)} pictures for {len(specs)} jobs")
             return outcome

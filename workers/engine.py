@@ -8,8 +8,9 @@ imported only in the engine's own process (`workers.child`), so nothing here imp
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +22,10 @@ from farm.spec import JobSpec
 
 Pixels = NDArray[np.uint8]
 """One picture: (height, width, 3), red, green, blue."""
+
+Inputs = Mapping[str, bytes]
+"""Files of input pictures by their keys in the blob store."""
+NO_INPUTS: Inputs = {}
 
 ENGINES: dict[str, str] = {
     "diffusers": "workers.engines.diffusers_engine:DiffusersEngine",
@@ -36,6 +41,9 @@ class EngineConfig:
 
     `strict`: every micro-batch has the same shape, so that a picture's bytes do not depend on
     what was rendered beside it. `threads`: processor threads, None for the engine's own choice.
+    `loras`: the files of those that jobs may name. `memory_limit`: bytes of the device's memory,
+    of the process' own on a CPU. `eased`: rungs of Engine.ease to take at once, for an earlier
+    process of this lane needed them.
     """
 
     engine: str
@@ -45,6 +53,9 @@ class EngineConfig:
     micro_batch: int | None = None
     strict: bool = False
     threads: int | None = None
+    loras: Mapping[str, Path] = field(default_factory=dict)
+    memory_limit: int | None = None
+    eased: int = 0
 
     def cap(self, device: str) -> int:
         """The largest micro-batch to begin with: as configured, else 4 on CUDA and 1 elsewhere."""
@@ -57,7 +68,8 @@ class EngineInfo:
     """What was loaded. `versions`: package -> version, for the picture's provenance.
 
     `interruptible`: a render lets the JobCancelled of its Watch through; where native code cannot
-    be stopped, the parent ends the process instead, and starts another.
+    be stopped, the parent ends the process instead, and starts another. `memory`: bytes that the
+    engine may use on its device. `loras`: SHA-256 of the file of each LoRA, by name.
     """
 
     device: str
@@ -65,6 +77,8 @@ class EngineInfo:
     weights_sha256: str
     versions: dict[str, str]
     interruptible: bool = True
+    memory: int | None = None
+    loras: dict[str, str] = field(default_factory=dict)
 
 
 class Watch(Protocol):
@@ -83,11 +97,20 @@ class Engine(Protocol):
     def load(self) -> EngineInfo:
         """Load the model once. Raises ModelNotLoaded, which names the file that is wrong."""
 
-    def render(self, jobs: Sequence[JobSpec], watch: Watch) -> Sequence[Pixels | FarmError]:
+    def render(
+        self, jobs: Sequence[JobSpec], watch: Watch, inputs: Inputs = NO_INPUTS
+    ) -> Sequence[Pixels | FarmError]:
         """Render one micro-batch of one compatibility key: a picture or an error for each job.
 
+        `inputs`: the files of the input pictures that the jobs name, by key.
         Raises OutOfMemory (having freed what the attempt held), Invalid or another FarmError, the
         JobCancelled of `watch`, and EngineCrashed if the process can no longer be trusted.
+        """
+
+    def ease(self) -> str | None:
+        """Make do with less memory from now on, be it slower: what was done, or None: no more can.
+
+        Called after an OutOfMemory with a micro-batch of one.
         """
 
     def close(self) -> None:

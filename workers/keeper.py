@@ -54,11 +54,11 @@ class Keeper:
             self._recorder.picture(claim, picture)
 
     def _stored(self, claim: Claim, pixels: Any, render_s: float) -> Picture:
-        spec = claim.spec
-        data = encode(pixels.tobytes(), spec, self._origin)
+        spec, origin = claim.spec, self._origin
+        data = encode(pixels.tobytes(), spec, origin)
         key = object_key(claim.ref, claim.claim_no, spec.format)
         self._put(key, data, CONTENT_TYPES[spec.format])
-        fingerprint = spec.fingerprint(self._origin.engine, self._origin.weights_sha256)
+        fingerprint = spec.fingerprint(origin.engine, origin.weights_sha256, origin.loras)
         return Picture(key, sha256(data), len(data), render_s, fingerprint)
 
     def _put(self, key: str, data: bytes, content_type: str) -> None:

@@ -7,21 +7,22 @@ events and one End. A Rendered is followed by the picture's bytes as a message o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from farm.errors import FarmError, by_code
 from farm.spec import JobSpec
-from workers.engine import EngineInfo, Pixels
+from workers.engine import EngineInfo, Inputs, Pixels
 
 
 # ------------------------------------------------------------------ to the child
 @dataclass(frozen=True)
 class Bundle:
-    """`done`: the positions of those that need no rendering any more."""
+    """`done`: those that need no rendering any more. `inputs`: files of their input pictures."""
 
     number: int
     specs: tuple[JobSpec, ...]
     done: frozenset[int] = frozenset()
+    inputs: Inputs = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

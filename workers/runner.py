@@ -68,7 +68,7 @@ class Runner:
         """Load the model, then open the session. Raises ModelNotLoaded and EngineFault."""
         info = self._child.start()
         self._micro_batch = info.micro_batch
-        origin = Origin(self.lane.engine, info.weights_sha256)
+        origin = Origin(self.lane.engine, info.weights_sha256, info.loras)
         self._recorder = Recorder(
             self._db, self._settings, self._drop, self._claims.forget, self._claims.count
         )

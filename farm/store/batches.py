@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, and_, delete, func, select, update
 
+from farm.catalog import Lane
 from farm.errors import NotFound
 from farm.states import JobState
 from farm.store.db import Database
@@ -143,36 +144,44 @@ def set_paused(connection: Connection, batch_id: str, paused: bool) -> None:
     connection.execute(update(batches).where(batches.c.id == batch_id).values(paused=paused))
 
 
-def candidates(connection: Connection, model: str, limit: int = 16) -> list[Row[Any]]:
-    """Batches with jobs of a model that are due, in the order in which claims should try them.
+def candidates(connection: Connection, lane: Lane, limit: int = 16) -> list[Row[Any]]:
+    """Batches with jobs for a lane that are due, in the order in which claims should try them.
 
-    Priority first; among equals the batch with the fewest running jobs, then the oldest.
+    Priority first; among equals the batch with the fewest running jobs, then the oldest; within
+    one, the jobs that ask for this very engine (`asked_engine`), which no other can do.
     """
     due = select(jobs.c.idx).where(
         jobs.c.batch_id == counts.c.batch_id,
-        jobs.c.model == model,
+        jobs.c.model == lane.model,
+        jobs.c.asked_engine == counts.c.asked_engine,
         is_due(),
     )
     query = (
-        select(batches.c.id, batches.c.params)
+        select(batches.c.id, batches.c.params, counts.c.asked_engine)
         .join(counts, counts.c.batch_id == batches.c.id)
-        .where(counts.c.model == model, counts.c.queued > 0)
+        .where(counts.c.model == lane.model, counts.c.asked_engine.in_(["", lane.engine]))
+        .where(counts.c.queued > 0)
         .where(batches.c.ready, ~batches.c.paused, due.exists())
-        .order_by(batches.c.priority.desc(), counts.c.running, batches.c.id)
+        .order_by(
+            batches.c.priority.desc(),
+            counts.c.running,
+            batches.c.id,
+            counts.c.asked_engine.desc(),
+        )
         .limit(limit)
     )
     return list(connection.execute(query))
 
 
-def backlog(connection: Connection) -> dict[str, int]:
-    """Queued jobs that may be claimed, by model."""
+def backlog(connection: Connection) -> dict[tuple[str, str], int]:
+    """Queued jobs that may be claimed, by model and engine asked for ('': any)."""
     query = (
-        select(counts.c.model, func.sum(counts.c.queued))
+        select(counts.c.model, counts.c.asked_engine, func.sum(counts.c.queued))
         .join(batches, counts.c.batch_id == batches.c.id)
         .where(counts.c.queued > 0, batches.c.ready, ~batches.c.paused)
-        .group_by(counts.c.model)
+        .group_by(counts.c.model, counts.c.asked_engine)
     )
-    return {model: int(n) for model, n in connection.execute(query)}
+    return {(model, asked): int(n) for model, asked, n in connection.execute(query)}
 
 
 def _with_clock() -> Any:
@@ -182,7 +191,9 @@ def _with_clock() -> Any:
 def _statuses(connection: Connection, rows: Any) -> list[BatchStatus]:
     by_batch: dict[str, dict[str, dict[str, int]]] = {row.id: {} for row in rows}
     for line in connection.execute(select(counts).where(counts.c.batch_id.in_(by_batch))):
-        by_batch[line.batch_id][line.model] = {str(s): getattr(line, s) for s in JobState}
+        model = by_batch[line.batch_id].setdefault(line.model, {str(s): 0 for s in JobState})
+        for state in JobState:
+            model[state] += getattr(line, state)
     return [_status(row, by_batch[row.id]) for row in rows]
 
 

@@ -58,25 +58,39 @@ class Picture:
     fingerprint: str
 
 
+Pool = tuple[str, str, str]
+"""Jobs that are counted together: of one batch, one model and one engine asked for ('': any)."""
+
+
+def _pool_of(held: Claim) -> Pool:
+    return (held.ref.batch_id, held.spec.model, held.spec.engine or "")
+
+
+def _counter(pool: Pool) -> ColumnElement[bool]:
+    batch_id, model, asked = pool
+    return and_(
+        counts.c.batch_id == batch_id, counts.c.model == model, counts.c.asked_engine == asked
+    )
+
+
 class _Tally:
     """The moves of one transaction, written to the counters at its end."""
 
     def __init__(self) -> None:
-        self.moves: dict[tuple[str, str], Counter[JobState]] = {}
+        self.moves: dict[Pool, Counter[JobState]] = {}
 
-    def move(self, batch_id: str, model: str, old: JobState, new: JobState, n: int = 1) -> None:
+    def move(self, pool: Pool, old: JobState, new: JobState, n: int = 1) -> None:
         assert may_become(old, new), f"no arrow {old} -> {new}"
-        counter = self.moves.setdefault((batch_id, model), Counter())
+        counter = self.moves.setdefault(pool, Counter())
         counter[old] -= n
         counter[new] += n
 
     def write(self, connection: Connection) -> None:
-        for (batch_id, model), counter in sorted(self.moves.items()):
+        for pool, counter in sorted(self.moves.items()):
             changed = {counts.c[state]: counts.c[state] + n for state, n in counter.items() if n}
-            mine = and_(counts.c.batch_id == batch_id, counts.c.model == model)
             if changed:
-                connection.execute(update(counts).where(mine).values(changed))
-        finals = {b for (b, _), c in self.moves.items() if any(c[s] > 0 for s in FINAL_STATES)}
+                connection.execute(update(counts).where(_counter(pool)).values(changed))
+        finals = {p[0] for p, c in self.moves.items() if any(c[s] > 0 for s in FINAL_STATES)}
         for batch_id in sorted(finals):
             _close_if_finished(connection, batch_id)
 
@@ -109,18 +123,18 @@ def insert(
                 "batch_id": batch_id,
                 "idx": idx,
                 "key": spec.key,
+                "asked_engine": spec.engine or "",
                 "params": own or None,
                 **{k: fields[k] for k in ("model", "prompt", "negative_prompt", "seed")},
             }
         )
     connection.execute(jobs.insert(), rows)
-    for model, n in Counter(spec.model for spec in specs).items():
-        mine = and_(counts.c.batch_id == batch_id, counts.c.model == model)
+    for (model, asked), n in Counter((spec.model, spec.engine or "") for spec in specs).items():
+        mine = _counter((batch_id, model, asked))
         more = update(counts).where(mine).values({counts.c.queued: counts.c.queued + n})
         if not connection.execute(more).rowcount:
-            connection.execute(
-                counts.insert().values({"batch_id": batch_id, "model": model, QUEUED: n})
-            )
+            first = {"batch_id": batch_id, "model": model, "asked_engine": asked, QUEUED: n}
+            connection.execute(counts.insert().values(first))
 
 
 def claim(
@@ -130,11 +144,16 @@ def claim(
     session_id: str,
     lane: Lane,
     limit: int,
+    asked: str = "",
 ) -> list[Claim]:
-    """queued -> running: the batch's next rows of one key, in order; a suspect comes alone."""
+    """queued -> running: the batch's next rows of one key, in order; a suspect comes alone.
+
+    `asked`: those that ask for this engine, which must be the lane's; '': those that ask for none.
+    """
     waiting = and_(
         jobs.c.batch_id == batch_id,
         jobs.c.model == lane.model,
+        jobs.c.asked_engine == asked,
         is_due(),
     )
     in_order = select(jobs.c.idx).where(waiting).order_by(jobs.c.idx)
@@ -162,7 +181,7 @@ def claim(
         .returning(*_CLAIMED)
     ).all()
     tally = _Tally()
-    tally.move(batch_id, lane.model, QUEUED, RUNNING, len(moved))
+    tally.move((batch_id, lane.model, asked), QUEUED, RUNNING, len(moved))
     tally.write(connection)
     started = batches.c.started_at.is_(None)
     connection.execute(
@@ -175,14 +194,18 @@ def claim(
 _SPEC_COLUMNS = ("model", "prompt", "negative_prompt", "seed")
 _CLAIMED = [
     jobs.c[name]
-    for name in ("batch_id", "idx", "claim_no", "failures", "suspect", "params", *_SPEC_COLUMNS)
-]
+    for name in (
+        "batch_id", "idx", "claim_no", "failures", "suspect", "params", "asked_engine",
+        *_SPEC_COLUMNS,
+    )
+]  # fmt: skip
 
 
 def spec_of(row: Any, shared: dict[str, Any]) -> JobSpec:
     """The whole JobSpec of a row and its batch's shared parameters (validated when submitted)."""
     own = {name: getattr(row, name) for name in _SPEC_COLUMNS}
-    return JobSpec.model_construct(**{**shared, **(row.params or {}), **own})
+    own["engine"] = row.asked_engine or None
+    return JobSpec.from_record({**shared, **(row.params or {}), **own})
 
 
 def _claim_of(row: Any, shared: dict[str, Any], session_id: str) -> Claim:
@@ -210,9 +233,8 @@ def lock(connection: Connection, held: Sequence[Claim]) -> None:
     for session_id in sorted({claim.session_id for claim in held}):
         rows = select(jobs.c.idx).where(jobs.c.session_id == session_id, is_state(RUNNING))
         connection.execute(rows.order_by(jobs.c.batch_id, jobs.c.idx).with_for_update()).all()
-    for batch_id, model in sorted({(claim.ref.batch_id, claim.spec.model) for claim in held}):
-        mine = and_(counts.c.batch_id == batch_id, counts.c.model == model)
-        connection.execute(select(counts.c.model).where(mine).with_for_update()).all()
+    for pool in sorted({_pool_of(claim) for claim in held}):
+        connection.execute(select(counts.c.model).where(_counter(pool)).with_for_update()).all()
     for batch_id in sorted({claim.ref.batch_id for claim in held}):
         whole = select(batches.c.id).where(batches.c.id == batch_id)
         connection.execute(whole.with_for_update(key_share=True)).all()
@@ -269,7 +291,7 @@ def succeed(connection: Connection, done: Sequence[tuple[Claim, Picture]]) -> se
         }
         if _guarded(connection, held, values):
             moved.add(held.ref)
-            tally.move(held.ref.batch_id, held.spec.model, RUNNING, SUCCEEDED)
+            tally.move(_pool_of(held), RUNNING, SUCCEEDED)
         elif _recorded(connection, held.ref, picture.object_key):
             moved.add(held.ref)
     tally.write(connection)
@@ -353,7 +375,7 @@ def _leave(
     if not _guarded(connection, held, values, *more):
         return False
     tally = _Tally()
-    tally.move(held.ref.batch_id, held.spec.model, RUNNING, new)
+    tally.move(_pool_of(held), RUNNING, new)
     connection.execute(
         events.insert().values(
             batch_id=held.ref.batch_id,
@@ -460,10 +482,10 @@ def _move_waiting(
             update(jobs)
             .where(jobs.c.batch_id == batch_id, jobs.c.idx.in_(idxs))
             .values(state=new, **values)
-            .returning(jobs.c.idx, jobs.c.model, jobs.c.claim_no)
+            .returning(jobs.c.idx, jobs.c.model, jobs.c.asked_engine, jobs.c.claim_no)
         ).all()
-        for model, n in Counter(row.model for row in moved).items():
-            tally.move(batch_id, model, old, new, n)
+        for (model, asked), n in Counter((row.model, row.asked_engine) for row in moved).items():
+            tally.move((batch_id, model, asked), old, new, n)
         rows = [
             {"batch_id": batch_id, "idx": r.idx, "kind": kind, "claim_no": r.claim_no}
             for r in moved

@@ -87,13 +87,15 @@ batches = Table(
     Column("finished_at", Double),  # last time that its last job reached a final state
 )
 
-# How many jobs of a batch stand in each state, by model; kept in the transaction of each
-# transition. It is the answer to `status` and the backlog that claims are chosen from.
+# How many jobs of a batch stand in each state, by model and engine asked for; kept in
+# the transaction of each transition. It is the answer to `status` and the backlog that claims are
+# chosen from.
 counts = Table(
     "batch_counts",
     metadata,
     Column("batch_id", ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True),
     Column("model", String(63), primary_key=True),
+    Column("asked_engine", String(16), primary_key=True, server_default=""),  # as in jobs
     *(Column(state, Integer, nullable=False, server_default="0") for state in STATES),
     *(CheckConstraint(f"{state} >= 0", name=f"{state}_not_negative") for state in STATES),
     Index(
@@ -110,6 +112,7 @@ jobs = Table(
     Column("batch_id", ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True),
     Column("idx", Integer, primary_key=True, autoincrement=False),  # place in the batch, from 0
     Column("model", String(63), nullable=False),
+    Column("asked_engine", String(16), nullable=False, server_default=""),  # empty: any may
     Column("key", String(16), nullable=False),  # compatibility key
     Column("prompt", Text, nullable=False),
     Column("negative_prompt", Text, nullable=False, server_default=""),
@@ -148,6 +151,7 @@ jobs = Table(
         "ix_jobs_queued",
         "batch_id",
         "model",
+        "asked_engine",
         "idx",
         sqlite_where=text("state = 'queued'"),
         postgresql_where=text("state = 'queued'"),

@@ -56,6 +56,7 @@ def upgrade() -> None:
         "batch_counts",
         sa.Column("batch_id", sa.String(length=16), nullable=False),
         sa.Column("model", sa.String(length=63), nullable=False),
+        sa.Column("asked_engine", sa.String(length=16), server_default="", nullable=False),
         sa.Column("queued", sa.Integer(), server_default="0", nullable=False),
         sa.Column("running", sa.Integer(), server_default="0", nullable=False),
         sa.Column("succeeded", sa.Integer(), server_default="0", nullable=False),
@@ -69,7 +70,7 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(
             ["batch_id"], ["batches.id"], name=op.f("fk_batch_counts_batch_id"), ondelete="CASCADE"
         ),
-        sa.PrimaryKeyConstraint("batch_id", "model", name=op.f("pk_batch_counts")),
+        sa.PrimaryKeyConstraint("batch_id", "model", "asked_engine", name=op.f("pk_batch_counts")),
     )
     op.create_index(
         "ix_batch_counts_backlog",
@@ -106,6 +107,7 @@ def upgrade() -> None:
         sa.Column("batch_id", sa.String(length=16), nullable=False),
         sa.Column("idx", sa.Integer(), autoincrement=False, nullable=False),
         sa.Column("model", sa.String(length=63), nullable=False),
+        sa.Column("asked_engine", sa.String(length=16), server_default="", nullable=False),
         sa.Column("key", sa.String(length=16), nullable=False),
         sa.Column("prompt", sa.Text(), nullable=False),
         sa.Column("negative_prompt", sa.Text(), server_default="", nullable=False),
@@ -175,7 +177,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_jobs_queued",
         "jobs",
-        ["batch_id", "model", "idx"],
+        ["batch_id", "model", "asked_engine", "idx"],
         unique=False,
         sqlite_where=sa.text("state = 'queued'"),
         postgresql_where=sa.text("state = 'queued'"),

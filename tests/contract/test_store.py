@@ -87,12 +87,12 @@ def test_a_batch_is_not_claimed_before_it_is_whole_nor_while_paused(kit: Kit) ->
     paused = kit.batch(spec())
     with kit.db.write() as connection:
         batches.set_paused(connection, paused, True)
-        assert batches.candidates(connection, "shapes") == []
+        assert batches.candidates(connection, LANE) == []
         assert batches.backlog(connection) == {}
         batches.set_paused(connection, paused, False)
         batches.release(connection, held, 1)
-        assert {row.id for row in batches.candidates(connection, "shapes")} == {held, paused}
-        assert batches.backlog(connection) == {"shapes": 2}
+        assert {row.id for row in batches.candidates(connection, LANE)} == {held, paused}
+        assert batches.backlog(connection) == {("shapes", ""): 2}
 
 
 def test_priority_then_fewest_running_then_age(kit: Kit) -> None:
@@ -101,7 +101,7 @@ def test_priority_then_fewest_running_then_age(kit: Kit) -> None:
 
     def order() -> list[str]:
         with kit.db.read() as connection:
-            return [row.id for row in batches.candidates(connection, "shapes")]
+            return [row.id for row in batches.candidates(connection, LANE)]
 
     assert order()[0] == urgent
     kit.claim(urgent, kit.session())
@@ -109,6 +109,33 @@ def test_priority_then_fewest_running_then_age(kit: Kit) -> None:
     ahead, behind = order()
     kit.claim(ahead, kit.session())
     assert order() == [behind, ahead]
+
+
+def test_a_job_that_asks_for_an_engine_goes_to_no_other(kit: Kit) -> None:
+    sdcpp, diffusers = Lane("shapes", "sdcpp"), Lane("shapes", "diffusers")
+    asks = [None, "sdcpp", None, "diffusers", "sdcpp"]
+    batch = kit.batch(*[spec(f"{n}", engine=engine) for n, engine in enumerate(asks)])
+    with kit.db.read() as connection:
+        found = [row.asked_engine for row in batches.candidates(connection, sdcpp)]
+        assert batches.backlog(connection) == {
+            ("shapes", ""): 2, ("shapes", "sdcpp"): 2, ("shapes", "diffusers"): 1,
+        }  # fmt: skip
+    assert found == ["sdcpp", ""]
+    session = kit.session(lane=sdcpp)
+    claims = kit.claim(batch, session, limit=9, lane=sdcpp, asked="sdcpp")
+    assert [claim.spec.engine for claim in claims] == ["sdcpp", "sdcpp"]
+    claims += kit.claim(batch, session, limit=9, lane=sdcpp)
+    assert [claim.ref.idx for claim in claims] == [1, 4, 0, 2]
+    assert kit.states(batch) == {"running": 4, "queued": 1}
+    with kit.db.read() as connection:
+        assert batches.candidates(connection, sdcpp) == []
+        assert [r.asked_engine for r in batches.candidates(connection, diffusers)] == ["diffusers"]
+    with kit.db.write() as connection:
+        jobs.lock(connection, claims)
+        assert jobs.requeue(connection, claims[0], RenderFailed("x"))
+        assert jobs.fail(connection, claims[2], RenderFailed("x"))
+        assert jobs.request_cancel(connection, batch) == (2, 2)
+    assert kit.states(batch) == {"running": 2, "failed": 1, "cancelled": 2}
 
 
 def test_a_bundle_has_one_key_in_order(kit: Kit) -> None:
@@ -298,7 +325,7 @@ def test_many_claimants_never_share_a_job(kit: Kit) -> None:
         done: list[JobRef] = []
         while True:
             with kit.db.write() as connection:
-                rows = batches.candidates(connection, "shapes")
+                rows = batches.candidates(connection, LANE)
                 claims = [
                     claim
                     for row in rows
@@ -439,9 +466,9 @@ def test_every_arrow_of_the_table_is_walked_by_a_function(kit: Kit) -> None:
     walked = set()
     real = jobs._Tally.move
 
-    def spy(self, batch_id, model, old, new, n=1):  # type: ignore[no-untyped-def]
+    def spy(self, pool, old, new, n=1):  # type: ignore[no-untyped-def]
         walked.add((old, new))
-        real(self, batch_id, model, old, new, n)
+        real(self, pool, old, new, n)
 
     jobs._Tally.move = spy  # type: ignore[method-assign]
     try:

@@ -22,10 +22,10 @@ from farm.errors import (
     FarmError,
     InvalidConfig,
     InvalidParameter,
-    InvalidPrompt,
     JobCancelled,
     ModelNotLoaded,
     OutOfMemory,
+    PictureBlocked,
 )
 from farm.spec import JobSpec
 from tests.models import tiny
@@ -154,7 +154,7 @@ def test_a_size_that_the_model_rounds_is_refused() -> None:
 
 def test_a_refused_picture_says_so() -> None:
     (result,) = engine("sd15_refusing").render([spec()], Steps())
-    assert isinstance(result, InvalidPrompt)
+    assert isinstance(result, PictureBlocked)
     assert "safety checker" in result.message
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from farm.engines import missing_packages
 from farm.errors import FarmError, JobCancelled
-from farm.spec import SCHEDULERS
+from farm.samplers import SAMPLERS
 from tests import sdcpp_models as models
 from tests.sdcpp_kit import PARTS, Kit, config, spec
 from workers.engine import EngineConfig
@@ -97,7 +97,7 @@ def test_a_size_that_the_library_would_round_is_refused(kit: Kit) -> None:
 
 
 def test_samplers_have_the_farms_names(kit: Kit) -> None:
-    results = {name: kit.render(scheduler=name, steps=4) for name in SCHEDULERS}
+    results = {name: kit.render(scheduler=name, steps=4) for name in SAMPLERS}
     done = {name: r.tobytes() for name, r in results.items() if isinstance(r, np.ndarray)}
     assert set(done) == {
         "ddim", "euler", "euler_a", "heun", "dpm2", "dpm++_2m", "dpm++_2m_karras", "lcm", "tcd",

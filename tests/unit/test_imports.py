@@ -14,14 +14,21 @@ ROOT = Path(__file__).parents[2]
 # Each room of farm/ and how high it stands; an import must point to a lower room or its own.
 HEIGHT = {
     "states": 0, "errors": 0, "demo": 0,
-    "spec": 1, "config": 1,
-    "catalog": 2, "prompts": 3, "models": 3,
-    "blobs": 2, "broker": 3, "store": 3, "children": 3, "engines": 3, "local_broker": 3,
-    "pictures": 4, "results": 5, "verdict": 4,
-    "dispatch": 5, "reconcile": 5, "dispatcher": 6,
-    "service": 7, "doctor": 8, "embedded": 8, "cli": 9, "__main__": 10, "__init__": 10,
+    "samplers": 1, "spec": 2, "config": 1,
+    "catalog": 3, "abilities": 4, "prompts": 5, "models": 5,
+    "blobs": 3, "broker": 4, "store": 4, "children": 4, "engines": 4, "local_broker": 4,
+    "pictures": 5, "inputs": 5, "results": 6, "verdict": 5,
+    "dispatch": 6, "reconcile": 6, "dispatcher": 7,
+    "service": 8, "doctor": 9, "embedded": 9, "cli": 10, "__main__": 11, "__init__": 11,
 }  # fmt: skip
-ENGINE_MAY = {"workers.engine", "workers.engines", "farm.spec", "farm.errors", "farm.catalog"}
+ENGINE_MAY = {
+    "workers.engine",
+    "workers.engines",
+    "farm.spec",
+    "farm.errors",
+    "farm.catalog",
+    "farm.samplers",
+}
 
 
 def _imports(path: Path) -> set[str]:

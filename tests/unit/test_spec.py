@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from farm.errors import FarmError, _tree, by_code
-from farm.spec import EXPECTED, FIELDS, MAX_SEED, PER_JOB, JobSpec, canonical_scheduler, row_errors
+from farm.samplers import canonical_scheduler
+from farm.spec import EXPECTED, FIELDS, MAX_SEED, PER_JOB, JobSpec, row_errors
 from farm.states import FINAL_STATES, TRANSITIONS, JobState, may_become
 from tests.store_kit import spec
 
@@ -41,6 +44,17 @@ from tests.store_kit import spec
         ("scheduler", "magic"),
         ("format", "bmp"),
         ("model", "../shapes"),
+        ("engine", "torch"),
+        ("init_image", "/etc/passwd"),
+        ("mask_image", f"inputs/{'a' * 64}.png"),
+        ("strength", 0.5),
+        ("loras", {"../x": 1.0}),
+        ("loras", {"a": 5.0}),
+        ("loras", {"a": float("nan")}),
+        ("loras", 3),
+        ("loras", "a:1, a:2"),
+        ("loras", {f"l{n}": 1.0 for n in range(9)}),
+        ("clip_skip", 0),
         ("unknown", 1),
     ],
 )
@@ -74,13 +88,40 @@ def test_schedulers_by_alias_and_class() -> None:
 @given(st.data())
 def test_the_key_is_equal_exactly_when_a_micro_batch_may_be_shared(data: st.DataObject) -> None:
     field = data.draw(st.sampled_from([f for f in FIELDS if f != "model"]))
+    init = {"init_image": f"inputs/{'a' * 64}.png", "strength": 0.5}
     other = {
+        "engine": "fake", "init_image": f"inputs/{'b' * 64}.webp", "strength": 0.6,
+        "mask_image": f"inputs/{'c' * 64}.png", "loras": {"one": 0.5}, "clip_skip": 1,
         "prompt": "b", "negative_prompt": "c", "width": 72, "height": 72, "steps": 5,
         "guidance_scale": 4.5, "seed": 2, "scheduler": "ddim", "format": "jpeg",
     }[field]  # fmt: skip
-    one, two = spec("a"), spec(**{"prompt": "a", field: other})  # type: ignore[arg-type]
+    mask = {"mask_image": f"inputs/{'d' * 64}.png"} if field == "mask_image" else {}
+    one, two = (spec(**{"prompt": "a", **init, **mask, **more}) for more in ({}, {field: other}))
     assert (one.key == two.key) == (field in PER_JOB)
-    assert one.fingerprint("fake", "w") != two.fingerprint("fake", "w")
+    hashes = {"one": "1" * 64}
+    same = one.fingerprint("fake", "w", hashes) == two.fingerprint("fake", "w", hashes)
+    assert same == (field == "engine")
+
+
+def test_the_kind_is_part_of_the_key() -> None:
+    picture = f"inputs/{'a' * 64}.png"
+    kinds = [
+        spec(),
+        spec(init_image=picture, strength=0.8),
+        spec(init_image=picture, mask_image=picture, strength=0.8),
+    ]
+    assert [s.kind for s in kinds] == ["text-to-image", "image-to-image", "inpainting"]
+    assert len({s.key for s in kinds}) == 3
+
+
+@pytest.mark.parametrize(
+    "given", [{"b": 1, "a": 0.5}, "b, a:0.5", [["b", 1.0], ["a", 0.5]], (("a", 0.5), ("b", 1.0))]
+)
+def test_loras_in_any_form_are_the_same_job(given: object) -> None:
+    one = spec(loras=given)
+    assert one.loras == (("a", 0.5), ("b", 1.0))
+    assert JobSpec.from_record(json.loads(one.canonical())) == one
+    assert hash(one) == hash(spec(loras="a:0.5,b:1"))
 
 
 def test_fingerprint_follows_engine_and_weights_and_is_stable() -> None:
@@ -88,7 +129,7 @@ def test_fingerprint_follows_engine_and_weights_and_is_stable() -> None:
     assert one.fingerprint("diffusers", "w") != one.fingerprint("sdcpp", "w")
     assert one.fingerprint("diffusers", "w") != one.fingerprint("diffusers", "v")
     assert JobSpec.model_validate_json(one.canonical()) == one
-    assert one.canonical().startswith('{"format":"png","guidance_scale":4.0,"height":64')
+    assert one.canonical().startswith('{"clip_skip":null,"engine":null,"format":"png","guidance')
 
 
 def test_transitions() -> None:

@@ -28,12 +28,13 @@ from farm.errors import (
     FarmError,
     InvalidConfig,
     InvalidParameter,
-    InvalidPrompt,
     ModelNotLoaded,
     OutOfMemory,
+    PictureBlocked,
 )
-from farm.spec import SCHEDULERS, JobSpec
-from workers.engine import EngineConfig, EngineInfo, Pixels, Watch, said
+from farm.samplers import SAMPLERS
+from farm.spec import JobSpec
+from workers.engine import NO_INPUTS, EngineConfig, EngineInfo, Inputs, Pixels, Watch, said
 from workers.engines.diffusers_load import load, versions
 
 SELF_TEST_SIDE, SELF_TEST_STEPS = 64, 4  # PNDM fails with fewer than four
@@ -75,7 +76,9 @@ class DiffusersEngine:
             device, self._config.cap(device), loaded.weights_sha256, self._versions(device)
         )
 
-    def render(self, jobs: Sequence[JobSpec], watch: Watch) -> Sequence[Pixels | FarmError]:
+    def render(
+        self, jobs: Sequence[JobSpec], watch: Watch, inputs: Inputs = NO_INPUTS
+    ) -> Sequence[Pixels | FarmError]:
         floats = self.render_floats(jobs, watch)
         height, width = floats.images.shape[2:]
         if (width, height) != (jobs[0].width, jobs[0].height):
@@ -84,7 +87,7 @@ class DiffusersEngine:
         finite = floats.images.isfinite().flatten(1).all(1).tolist()
         pixels = to_pixels(floats.images)
         return [
-            InvalidPrompt("the model's safety checker refused the picture")
+            PictureBlocked()
             if refused
             else picture
             if good
@@ -109,6 +112,9 @@ class DiffusersEngine:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         raise failure
+
+    def ease(self) -> str | None:
+        return None
 
     def close(self) -> None:
         self._pipe = self._scheduler = None
@@ -146,13 +152,14 @@ class DiffusersEngine:
         """
         if name is None:
             return copy.deepcopy(self._scheduler)
-        class_name, differences = SCHEDULERS[name]
+        sampler = SAMPLERS[name]
         fitting = {cls.__name__: cls for cls in self._scheduler.compatibles}
-        if class_name not in fitting:
-            known = ", ".join(alias for alias, (cls, _) in SCHEDULERS.items() if cls in fitting)
+        if sampler.diffusers not in fitting:
+            known = ", ".join(name for name, s in SAMPLERS.items() if s.diffusers in fitting)
             raise InvalidParameter(f"scheduler {name}: this model can do {known or 'only its own'}")
         try:
-            return fitting[class_name].from_config(self._scheduler.config, **differences)
+            chosen = fitting[sampler.diffusers]
+            return chosen.from_config(self._scheduler.config, **sampler.config)
         except (ImportError, ValueError, NotImplementedError) as error:
             raise InvalidParameter(f"scheduler {name}: {said(error)}") from error
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from farm.errors import EngineCrashed, FarmError, OutOfMemory
 from farm.spec import JobSpec
-from workers.engine import EngineConfig, EngineInfo, Pixels, Watch
+from workers.engine import NO_INPUTS, EngineConfig, EngineInfo, Inputs, Pixels, Watch
 
 
 class FakeEngine:
@@ -38,7 +38,9 @@ class FakeEngine:
         interruptible = not self._options.get("uninterruptible")
         return EngineInfo("cpu", self._config.cap("cpu"), weights, versions, interruptible)
 
-    def render(self, jobs: Sequence[JobSpec], watch: Watch) -> Sequence[Pixels | FarmError]:
+    def render(
+        self, jobs: Sequence[JobSpec], watch: Watch, inputs: Inputs = NO_INPUTS
+    ) -> Sequence[Pixels | FarmError]:
         for step in range(jobs[0].steps):
             time.sleep(self._options.get("seconds_per_step", 0))
             for job in jobs:
@@ -46,6 +48,9 @@ class FakeEngine:
             if not self._options.get("uninterruptible"):
                 watch.step(step + 1, jobs[0].steps)
         return [_picture(job) for job in jobs]
+
+    def ease(self) -> str | None:
+        return None
 
     def close(self) -> None:
         pass

@@ -24,27 +24,13 @@ from farm.errors import (
     InvalidPrompt,
     ModelNotLoaded,
 )
+from farm.samplers import SAMPLERS
 from farm.spec import JobSpec, describe, row_errors
-from workers.engine import EngineConfig, EngineInfo, Pixels, Watch
+from workers.engine import NO_INPUTS, EngineConfig, EngineInfo, Inputs, Pixels, Watch
 from workers.engines.checkpoint_files import check_checkpoint
 from workers.engines.sdcpp_native import OWN_CHOICE, Context, Log, build
 from workers.engines.sdcpp_options import SdcppOptions, options_of
 
-# The farm's names of samplers -> the library's sample_method and scheduler of sigmas.
-SAMPLERS = {
-    "ddim": ("ddim_trailing", "default"),
-    "euler": ("euler", "default"),
-    "euler_a": ("euler_a", "default"),
-    "heun": ("heun", "default"),
-    "dpm2": ("dpm2", "default"),
-    "dpm++_2m": ("dpm++2m", "default"),
-    "dpm++_2m_karras": ("dpm++2m", "karras"),
-    "lcm": ("lcm", "default"),
-    "tcd": ("tcd", "default"),
-    "flow_euler": ("euler", "default"),
-    "flow_heun": ("heun", "default"),
-}
-FLOW_ONLY = ("flow_euler", "flow_heun")
 MOST_PROMPT_BYTES = 4_000
 """As UTF-8. A token may be one byte, and the text encoder's time and memory grow with the square
 of their number: 4,000 take 1.3 GB, and up to 2 s; 32,000 end the process."""
@@ -72,8 +58,13 @@ class SdcppEngine:
         self._multiple = self._self_test()
         return EngineInfo(device, 1, digest, self._versions(), interruptible=False)
 
-    def render(self, jobs: Sequence[JobSpec], watch: Watch) -> Sequence[Pixels | FarmError]:
+    def render(
+        self, jobs: Sequence[JobSpec], watch: Watch, inputs: Inputs = NO_INPUTS
+    ) -> Sequence[Pixels | FarmError]:
         return [self._one(job, watch) for job in jobs]
+
+    def ease(self) -> str | None:
+        return None
 
     def close(self) -> None:
         if self._context:
@@ -108,7 +99,8 @@ class SdcppEngine:
         Guidance is as diffusers has it: up to 1 means none, and a model that takes the scale as
         an input gets it there.
         """
-        method, sigmas = SAMPLERS[job.scheduler] if job.scheduler else ("default", "default")
+        sampler = SAMPLERS[job.scheduler].sdcpp if job.scheduler else None
+        method, sigmas = sampler or ("default", "default")
         scale = job.guidance_scale
         guidance = (
             {"cfg_scale": 1.0, "guidance": scale}
@@ -142,9 +134,10 @@ class SdcppEngine:
 
     def _model_refusal(self, job: JobSpec) -> FarmError | None:
         """Samplers and sizes."""
-        can = [name for name in SAMPLERS if self._log.flow or name not in FLOW_ONLY]
+        known = {name: sampler for name, sampler in SAMPLERS.items() if sampler.sdcpp}
+        can = [name for name, sampler in known.items() if self._log.flow or not sampler.flow]
         if job.scheduler and job.scheduler not in can:
-            kind = "this model" if job.scheduler in SAMPLERS else "engine sdcpp"
+            kind = "this model" if job.scheduler in known else "engine sdcpp"
             return InvalidParameter(f"scheduler {job.scheduler}: {kind} can do {', '.join(can)}")
         width, height = (_up(side, self._multiple) for side in (job.width, job.height))
         if (width, height) != (job.width, job.height):

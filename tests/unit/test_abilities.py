@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from farm.catalog import Catalog, LoraEntry, ModelEntry, Weights
+from farm.errors import InvalidParameter, RowError
+from farm.prompts import Defaults, make_specs, prompt_rows
+from farm.spec import JobSpec
+
+PICTURE = f"inputs/{'a' * 64}.png"
+CATALOG = Catalog(
+    {
+        "both": ModelEntry(
+            licence="mit", family="sd1", engines={"diffusers": Weights(), "sdcpp": Weights()}
+        ),
+        "flux": ModelEntry(licence="mit", family="flux", engines={"diffusers": Weights()}),
+    },
+    {"pixel": LoraEntry(licence="mit", models=("both",), weights=Weights())},
+)
+
+
+def one(**row: Any) -> JobSpec | RowError:
+    (found,) = make_specs(
+        prompt_rows([{"prompt": "a", **row}]), Defaults({"model": "both"}, take=take), CATALOG
+    )
+    return found
+
+
+def take(given: str) -> str:
+    if given == "missing.png":
+        raise InvalidParameter("no such file")
+    return PICTURE
+
+
+def wrong(**row: Any) -> RowError:
+    found = one(**row)
+    assert isinstance(found, RowError)
+    return found
+
+
+def right(**row: Any) -> JobSpec:
+    found = one(**row)
+    assert isinstance(found, JobSpec)
+    return found
+
+
+def test_what_only_one_engine_can_do_goes_to_that_one() -> None:
+    assert right().engine is None
+    assert right(scheduler="euler").engine is None
+    assert right(scheduler="unipc").engine == "diffusers"
+    assert right(engine="sdcpp").engine == "sdcpp"
+
+
+def test_what_no_engine_asked_for_can_do_is_refused() -> None:
+    assert "on engine sdcpp" in wrong(engine="sdcpp", scheduler="unipc").expected
+    assert wrong(engine="fake").expected == "one of diffusers, sdcpp, or nothing for any"
+    assert wrong(model="flux", engine="sdcpp").field == "engine"
+    assert "family flux" in wrong(model="flux", clip_skip=2).expected
+
+
+def test_loras_are_those_of_the_catalogue_that_fit_the_model() -> None:
+    assert right(loras={"pixel": 0.7}).loras == (("pixel", 0.7),)
+    assert "pixel" in wrong(loras={"pixl": 0.7}).expected
+    assert "none" in wrong(model="flux", loras="pixel").expected
+
+
+def test_input_pictures_become_keys_with_a_default_strength() -> None:
+    spec = right(init_image="cat.png", mask_image="mask.png")
+    assert (spec.init_image, spec.mask_image, spec.strength) == (PICTURE, PICTURE, 0.8)
+    assert right(init_image="cat.png", strength=0.25).strength == 0.25
+    assert "no such file" in wrong(init_image="missing.png").got
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"mask_image": "mask.png"}, "mask_image"),
+        ({"strength": 0.5}, "strength"),
+        ({"init_image": "cat.png", "strength": 1.5}, "strength"),
+        ({"init_image": 3}, "init_image"),
+    ],
+)
+def test_pictures_that_do_not_go_together_are_refused(row: dict[str, Any], field: str) -> None:
+    assert wrong(**row).field == field
