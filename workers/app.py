@@ -23,6 +23,7 @@ from farm.catalog import Catalog, Lane, load_catalog
 from farm.config import load_settings
 from farm.errors import DatabaseUnavailable, FarmError, InvalidConfig
 from farm.service import Farm
+from farm.units import parse_size
 from workers.child import Child
 from workers.engine import EngineConfig
 from workers.runner import Runner
@@ -38,6 +39,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, help="most pictures rendered at once")
     parser.add_argument("--strict", action="store_true", help="same bytes whatever the neighbours")
     parser.add_argument("--threads", type=int, help="CPU threads of the engine")
+    parser.add_argument("--memory-limit", metavar="SIZE", help="such as 8GB; default: all there is")
     return parser.parse_args(argv)
 
 
@@ -76,6 +78,7 @@ def _serve(args: argparse.Namespace, engine_log: Path) -> int:
         strict=args.strict,
         threads=args.threads or weights.threads,
         loras=_lora_files(catalog, lane.model),
+        memory_limit=parse_size(args.memory_limit) if args.memory_limit else None,
     )
     farm = Farm(settings)
     _await_schema(farm)
