@@ -1,0 +1,244 @@
+"""Prompt files as a stream of rows: jsonl, csv, tsv, txt and Parquet; the texts gzipped or not.
+
+Memory stays bounded whatever the file's length. Nothing is guessed and nothing is skipped: a bad
+line is a RowError with its number, its field and what was expected.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from farm.errors import InvalidConfig, InvalidPromptFile, RowError
+from farm.spec import FIELDS
+
+FORMATS = ("jsonl", "csv", "tsv", "txt", "parquet")
+ENDINGS = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".txt": "txt",
+    ".parquet": "parquet",
+}  # fmt: skip
+MAX_LINE_BYTES = 1 << 20
+PARQUET_ROWS = 2_000  # read at once
+ROW_FIELDS = (*FIELDS, "n")
+_WHOLE = {"width", "height", "steps", "seed", "n", "clip_skip"}
+_NUMBERS = {"guidance_scale", "strength"}
+_GZIP = b"\x1f\x8b"
+
+Row = tuple[int, Mapping[str, Any] | RowError]
+Line = tuple[int, str | RowError]
+
+
+def guess_format(path: Path) -> str:
+    """The format by the file's ending; raises InvalidPromptFile for one that is not known."""
+    ending = Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+    if ending not in ENDINGS:
+        raise InvalidPromptFile(
+            f"{path}: the ending {ending!r} is none of {', '.join(ENDINGS)}, also with .gz; "
+            "say --format"
+        )
+    return ENDINGS[ending]
+
+
+def read_rows(
+    stream: BinaryIO, form: str, columns: Mapping[str, str] | None = None
+) -> Iterator[Row]:
+    """(line number from 1, fields or the line's error) for each line with something on it.
+
+    `columns`: field -> the name it has in the file; then names that are neither are left out.
+    Raises InvalidConfig where Parquet cannot be read on this machine.
+    """
+    if form == "parquet":
+        rows = _parquet_rows(stream)
+    elif form in ("csv", "tsv"):
+        rows = _table_rows(_text_lines(stream), "\t" if form == "tsv" else ",", columns or {})
+    else:
+        read = _json_row if form == "jsonl" else _txt_row
+        lines = _text_lines(stream)
+        rows = (read(n, text) for n, text in lines if isinstance(text, RowError) or text.strip())
+    return _renamed(rows, columns) if columns else rows
+
+
+def _renamed(rows: Iterable[Row], columns: Mapping[str, str]) -> Iterator[Row]:
+    for number, row in rows:
+        if isinstance(row, RowError):
+            yield number, row
+            continue
+        kept = {k: v for k, v in row.items() if k in ROW_FIELDS and k not in columns.values()}
+        yield number, kept | {field: row[name] for field, name in columns.items() if name in row}
+
+
+# ---- lines
+
+
+def _text_lines(stream: BinaryIO) -> Iterator[Line]:
+    number = 0
+    stream = _unzipped(stream)
+    try:
+        while raw := stream.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(raw) > MAX_LINE_BYTES:
+                yield number, row_error(number, "line", "over 1 MiB", "a line of at most 1 MiB")
+                while raw and not raw.endswith(b"\n"):
+                    raw = stream.readline(MAX_LINE_BYTES)
+                continue
+            try:
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                got = f"byte {error.start + 1} is not"
+                yield number, row_error(number, "line", got, "UTF-8 text")
+                continue
+            yield number, text
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        yield number + 1, row_error(number + 1, "line", str(error)[:120], "a whole gzip file")
+
+
+def _unzipped(stream: BinaryIO) -> BinaryIO:
+    """The stream, unzipped if its first bytes say that it is zipped."""
+    buffered = cast(io.BufferedReader, stream)
+    if not hasattr(stream, "peek"):
+        buffered = io.BufferedReader(cast(io.RawIOBase, stream))
+    if buffered.peek(2)[:2] == _GZIP:
+        return cast(BinaryIO, gzip.GzipFile(fileobj=buffered, mode="rb"))
+    return buffered
+
+
+def row_error(line: int, field: str, got: str, expected: str) -> RowError:
+    """A fault of the file itself."""
+    return RowError(line, field, got, expected, InvalidPromptFile.code)
+
+
+def _txt_row(number: int, text: str | RowError) -> Row:
+    return number, text if isinstance(text, RowError) else {"prompt": text}
+
+
+def _json_row(number: int, text: str | RowError) -> Row:
+    if isinstance(text, RowError):
+        return number, text
+    try:
+        row = json.loads(text, object_pairs_hook=_no_doubles)
+    except (ValueError, RecursionError) as error:
+        return number, row_error(number, "line", str(error)[:120], "one JSON object")
+    if not isinstance(row, dict):
+        return number, row_error(number, "line", type(row).__name__, "one JSON object")
+    return number, row
+
+
+def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        raise ValueError("a field stands twice")
+    return row
+
+
+# ---- tables of text
+
+
+def _table_rows(lines: Iterator[Line], delimiter: str, columns: Mapping[str, str]) -> Iterator[Row]:
+    """CSV (RFC 4180) or TSV with a header of names; empty cells count as not given."""
+    bad: list[RowError] = []
+
+    def texts() -> Iterator[str]:
+        for _, text in lines:  # a bad line stays as an empty one, so that the count holds
+            if isinstance(text, RowError):
+                bad.append(text)
+            yield "\n" if isinstance(text, RowError) else text + "\n"
+
+    reader = csv.reader(texts(), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            yield line, row_error(line, "line", str(error), "a CSV row")
+            continue
+        yield from ((error.line, error) for error in bad)
+        bad.clear()
+        if cells is None:
+            return
+        if cells and header:
+            yield line, _table_row(line, header, cells, columns)
+        elif cells:
+            header = [name.strip() for name in cells]
+            if problem := _header_problem(header, columns):
+                yield line, row_error(line, "header", ", ".join(header)[:60], problem)
+                return
+
+
+def _table_row(
+    line: int, header: list[str], cells: list[str], columns: Mapping[str, str]
+) -> dict[str, Any] | RowError:
+    if len(cells) != len(header):
+        return row_error(line, "line", f"{len(cells)} cells", f"{len(header)} cells")
+    fields = {name: field for field, name in columns.items()}
+    named = zip(header, cells, strict=True)
+    return {name: _cell(fields.get(name, name), text) for name, text in named if text != ""}
+
+
+def _header_problem(header: list[str], columns: Mapping[str, str]) -> str | None:
+    if missing := sorted(set(columns.values()) - set(header)):
+        return f"the columns that were named, {', '.join(missing)} among them"
+    if columns.get("prompt", "prompt") not in header:
+        return "a first line of field names, `prompt` among them"
+    if len(set(header)) != len(header):
+        return "each column once"
+    unknown = [name for name in header if name not in ROW_FIELDS]
+    if unknown and not columns:
+        return f"only known fields: {', '.join(ROW_FIELDS)}; or say which columns are which"
+    return None
+
+
+def _cell(field: str, text: str) -> Any:
+    """A number where the field is one and the cell reads as one; else the text, for the check."""
+    try:
+        if field in _WHOLE:
+            return int(text)
+        return float(text) if field in _NUMBERS else text
+    except ValueError:
+        return text
+
+
+# ---- Parquet
+
+
+def _parquet_rows(stream: BinaryIO) -> Iterator[Row]:
+    """Rows of a Parquet file, numbered from 1 (https://parquet.apache.org/docs/file-format/)."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InvalidConfig(
+            "Parquet files need pyarrow: pip install 'renderfarm[dataset]'"
+        ) from None
+    with tempfile.TemporaryFile() as spool:  # its index stands at the end, a pipe has none
+        source: BinaryIO = stream
+        if not stream.seekable():
+            shutil.copyfileobj(stream, spool)
+            source = cast(BinaryIO, spool)
+        try:
+            table = pyarrow.parquet.ParquetFile(source)
+        except (pyarrow.ArrowException, OSError) as error:
+            yield 1, row_error(1, "line", str(error).splitlines()[0][:120], "a Parquet file")
+            return
+        number = 0
+        try:
+            for batch in table.iter_batches(batch_size=PARQUET_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, _plain(row)
+        except (pyarrow.ArrowException, OSError) as error:
+            got = str(error).splitlines()[0][:120]
+            yield number + 1, row_error(number + 1, "line", got, "a readable row")
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Parquet's maps come as lists of pairs, and absent cells as None."""
+    return {name: value for name, value in row.items() if value is not None}

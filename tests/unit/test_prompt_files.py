@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from farm.errors import InvalidPromptFile, RowError
+from farm.prompt_files import guess_format, read_rows
+
+TEXTS = ["a red circle", "赤い円, “quoted”", "دائرة 🟥"]
+
+
+def rows(data: bytes, form: str, columns: dict[str, str] | None = None) -> list[Any]:
+    return list(read_rows(io.BytesIO(data), form, columns))
+
+
+def parquet(**columns: list[Any]) -> bytes:
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), out, row_group_size=2)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("a.jsonl", "jsonl"), ("a.NDJSON.gz", "jsonl"), ("a.csv.gz", "csv"), ("b.tsv", "tsv"),
+     ("c.txt", "txt"), ("d.parquet", "parquet")],
+)  # fmt: skip
+def test_the_format_is_told_by_the_ending(name: str, form: str) -> None:
+    assert guess_format(Path(name)) == form
+
+
+@pytest.mark.parametrize("name", ["a.gz", "a.xlsx", "a", "a.jsonl.bz2"])
+def test_an_unknown_ending_is_refused(name: str) -> None:
+    with pytest.raises(InvalidPromptFile, match="--format"):
+        guess_format(Path(name))
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_every_format_gives_the_same_rows(zipped: bool) -> None:
+    table = "prompt\tseed\n" + "".join(f"{text}\t{n}\n" for n, text in enumerate(TEXTS))
+    quoted = [text.replace('"', '""') for text in TEXTS]
+    comma = "prompt,seed\n" + "".join(f'"{text}",{n}\n' for n, text in enumerate(quoted))
+    lines = "".join(json.dumps({"prompt": t, "seed": n}) + "\n" for n, t in enumerate(TEXTS))
+    wanted = [{"prompt": text, "seed": n} for n, text in enumerate(TEXTS)]
+    for form, text, first in (("tsv", table, 2), ("csv", comma, 2), ("jsonl", lines, 1)):
+        data = text.encode()
+        found = rows(gzip.compress(data) if zipped else data, form)
+        assert found == list(enumerate(wanted, start=first))
+    data = parquet(prompt=TEXTS, seed=[0, 1, 2])
+    assert rows(data, "parquet") == list(enumerate(wanted, start=1))
+
+
+def test_columns_are_renamed_and_the_others_left_out() -> None:
+    columns = {"prompt": "TEXT", "negative_prompt": "bad"}
+    wanted = [(2, {"prompt": "a", "negative_prompt": "b", "seed": 7})]
+    assert rows(b"TEXT,bad,url,seed\na,b,http://x,7\n", "csv", columns) == wanted
+    line = b'\n{"TEXT": "a", "bad": "b", "url": "x", "seed": 7}\n'
+    assert rows(line, "jsonl", columns) == wanted
+    data = parquet(TEXT=["a"], bad=["b"], url=["x"], seed=[7])
+    assert rows(data, "parquet", columns) == [(1, wanted[0][1])]
+    ((_, error),) = rows(b"text,seed\na,1\n", "csv", {"prompt": "TEXT"})
+    assert isinstance(error, RowError)
+    assert "TEXT" in error.expected
+
+
+def test_absent_cells_of_parquet_count_as_not_given() -> None:
+    data = parquet(prompt=["a", "b"], steps=[None, 4])
+    assert [row for _, row in rows(data, "parquet")] == [
+        {"prompt": "a"}, {"prompt": "b", "steps": 4},
+    ]  # fmt: skip
+
+
+def test_parquet_from_a_pipe() -> None:
+    class Pipe(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+    stream: BinaryIO = Pipe(parquet(prompt=TEXTS))
+    assert [row["prompt"] for _, row in read_rows(stream, "parquet")] == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("data", "form", "expected"),
+    [
+        (gzip.compress(b"a\n" * 1000)[:-9], "txt", "a whole gzip file"),
+        (b"\x1f\x8bnot so", "txt", "a whole gzip file"),
+        (b"", "parquet", "a Parquet file"),
+        (b"PAR1" + b"x" * 100 + b"PAR1", "parquet", "a Parquet file"),
+        (b"a\tb\n", "tsv", "a first line of field names"),
+        (b"prompt,colour\na,b\n", "csv", "only known fields"),
+        (b"prompt,seed\na\n", "csv", "2 cells"),
+        (b'prompt\n"a\n', "csv", "a CSV row"),
+        (b"[1]\n", "jsonl", "one JSON object"),
+        (b'{"prompt": "a", "prompt": "b"}\n', "jsonl", "one JSON object"),
+        (b"\xff\n", "txt", "UTF-8 text"),
+        (b"x" * (2**20 + 1), "txt", "a line of at most 1 MiB"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_told(data: bytes, form: str, expected: str) -> None:
+    wrong = [row for _, row in rows(data, form) if isinstance(row, RowError)]
+    assert expected in wrong[-1].expected
+
+
+def test_damaged_parquet_is_told_at_its_row() -> None:
+    data = bytearray(parquet(prompt=[f"prompt {n}" for n in range(6)]))
+    data[10:40] = b"\xff" * 30
+    assert any(isinstance(row, RowError) for _, row in rows(bytes(data), "parquet"))
+
+
+def test_memory_is_bounded_by_a_line_not_by_the_file() -> None:
+    class Endless(io.RawIOBase):
+        given = 0
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            Endless.given += len(buffer)
+            buffer[:] = (b"a cat\n" * (len(buffer) // 6 + 1))[: len(buffer)]
+            return len(buffer)
+
+    stream: Any = io.BufferedReader(Endless())
+    found = read_rows(stream, "txt")
+    assert [next(found)[0] for _ in range(1000)] == list(range(1, 1001))
+    assert Endless.given < 2**20
