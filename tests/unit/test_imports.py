@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 # Each room of farm/ and how high it stands; an import must point to a lower room or its own.
 HEIGHT = {
     "states": 0, "errors": 0, "demo": 0,
-    "samplers": 1, "spec": 2, "config": 1, "units": 1,
-    "catalog": 3, "abilities": 4, "templates": 4, "prompt_files": 4, "prompts": 5, "models": 5,
+    "samplers": 1, "weight_files": 1, "spec": 2, "config": 1, "units": 1,
+    "catalog": 3, "abilities": 4, "templates": 4, "prompt_files": 4, "pinning": 4, "prompts": 5, "models": 5,
     "blobs": 3, "broker": 4, "store": 4, "children": 4, "engines": 4, "local_broker": 4,
     "pictures": 5, "inputs": 5, "results": 6, "verdict": 5,
     "dispatch": 6, "reconcile": 6, "dispatcher": 7,
@@ -28,6 +28,7 @@ ENGINE_MAY = {
     "farm.errors",
     "farm.catalog",
     "farm.samplers",
+    "farm.weight_files",
 }
 
 
