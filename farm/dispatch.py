@@ -23,10 +23,10 @@ def claim_bundle(db: Database, session_id: str, lane: Lane, limit: int) -> list[
     with db.write() as connection:
         if not sessions.is_open(connection, session_id):
             return []
-        for batch in batches.candidates(connection, lane):
-            bundle = jobs.claim(
-                connection, batch.id, batch.params, session_id, lane, limit, batch.asked_engine
-            )
+        memory = sessions.memory_of(connection, session_id)
+        for batch in batches.candidates(connection, lane, memory):
+            place = (connection, batch.id, batch.params, session_id, lane, limit)
+            bundle = jobs.claim(*place, batch.asked_engine, memory)
             if bundle:
                 return bundle
     return []

@@ -27,7 +27,20 @@ def reconcile(db: Database, settings: Settings, *, lenient: bool = False) -> int
         silent = [] if lenient else sessions.expired(connection)
         ended = sessions.orphaned(connection)
     lost = sum(_release(db, session_id, settings, expired=True) for session_id in silent)
+    if not lenient:
+        _free_the_needy(db)
     return lost + sum(_release(db, session_id, settings, expired=False) for session_id in ended)
+
+
+def _free_the_needy(db: Database) -> None:
+    """Jobs that no worker has memory enough for are tried anew, rather than wait for ever."""
+    with db.read() as connection:
+        needs = jobs.memory_needs(connection)
+        unmet = [need for need in needs if not sessions.is_exceeded(connection, *need)]
+    for lane, memory in unmet:
+        with db.write() as connection:
+            n = jobs.free_of_need(connection, lane, memory)
+        log.warning("%d jobs of %s need more memory than any worker has", n, lane.model)
 
 
 def remove_abandoned(db: Database) -> None:

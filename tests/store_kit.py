@@ -48,10 +48,12 @@ class Kit:
                 batches.release(connection, batch_id, len(specs))
         return batch_id
 
-    def session(self, ttl_s: float = 30.0, lane: Lane = LANE) -> str:
+    def session(
+        self, ttl_s: float = 30.0, lane: Lane = LANE, *, memory: int | None = None, **info: object
+    ) -> str:
         with self.db.write() as connection:
             return sessions.open_session(
-                connection, lane, ttl_s, host="h", pid=1, device="cpu", info={}
+                connection, lane, ttl_s, host="h", pid=1, device="cpu", memory=memory, info=info
             )
 
     def claim(

@@ -14,7 +14,7 @@ from farm.errors import NotFound
 from farm.states import JobState
 from farm.store.db import Database
 from farm.store.ids import new_batch_id
-from farm.store.tables import batches, counts, is_due, jobs, now
+from farm.store.tables import batches, counts, is_due, jobs, may_fit, now
 
 
 @dataclass(frozen=True)
@@ -144,17 +144,21 @@ def set_paused(connection: Connection, batch_id: str, paused: bool) -> None:
     connection.execute(update(batches).where(batches.c.id == batch_id).values(paused=paused))
 
 
-def candidates(connection: Connection, lane: Lane, limit: int = 16) -> list[Row[Any]]:
+def candidates(
+    connection: Connection, lane: Lane, memory: int | None = None, limit: int = 16
+) -> list[Row[Any]]:
     """Batches with jobs for a lane that are due, in the order in which claims should try them.
 
     Priority first; among equals the batch with the fewest running jobs, then the oldest; within
-    one, the jobs that ask for this very engine (`asked_engine`), which no other can do.
+    one, the jobs that ask for this very engine (`asked_engine`), which no other can do. `memory`:
+    the worker's, in bytes; jobs known to need more do not count.
     """
     due = select(jobs.c.idx).where(
         jobs.c.batch_id == counts.c.batch_id,
         jobs.c.model == lane.model,
         jobs.c.asked_engine == counts.c.asked_engine,
         is_due(),
+        may_fit(memory),
     )
     query = (
         select(batches.c.id, batches.c.params, counts.c.asked_engine)

@@ -29,7 +29,7 @@ from farm.errors import FarmError, JobCancelled
 from farm.spec import JobSpec
 from farm.states import FINAL_STATES, JobState, may_become
 from farm.store.ids import JobRef
-from farm.store.tables import batches, counts, events, is_due, is_state, jobs, now
+from farm.store.tables import batches, counts, events, is_due, is_state, jobs, may_fit, now
 
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = JobState
 WINDOW = 1024  # places after the first waiting job among which jobs of its key are looked for
@@ -145,16 +145,19 @@ def claim(
     lane: Lane,
     limit: int,
     asked: str = "",
+    memory: int | None = None,
 ) -> list[Claim]:
     """queued -> running: the batch's next rows of one key, in order; a suspect comes alone.
 
     `asked`: those that ask for this engine, which must be the lane's; '': those that ask for none.
+    `memory`: the worker's, in bytes; jobs known to need more are left to others.
     """
     waiting = and_(
         jobs.c.batch_id == batch_id,
         jobs.c.model == lane.model,
         jobs.c.asked_engine == asked,
         is_due(),
+        may_fit(memory),
     )
     in_order = select(jobs.c.idx).where(waiting).order_by(jobs.c.idx)
     in_order = in_order.with_for_update(skip_locked=True)
@@ -326,8 +329,12 @@ def requeue(
     count: bool = False,
     suspect: bool = False,
     delay_s: float = 0.0,
+    needs_memory: int | None = None,
 ) -> bool:
-    """running -> queued: retry, lease expired or shutdown; to cancelled if that was asked for."""
+    """running -> queued: retry, lease expired or shutdown; to cancelled if that was asked for.
+
+    `needs_memory`: only workers with more than so many bytes may claim it from now on.
+    """
     if cancel_running(connection, held, if_requested=True):
         return True
     values = {
@@ -343,6 +350,8 @@ def requeue(
     }
     if suspect:
         values["suspect"] = True
+    if needs_memory is not None:
+        values["needs_memory"] = needs_memory
     return _leave(connection, held, QUEUED, values, error)
 
 
@@ -452,6 +461,7 @@ def redrive(
         "failures": 0,
         "suspect": False,
         "not_before": None,
+        "needs_memory": None,
         "error_code": None,
         "error": None,
         "cancel_requested": False,
@@ -494,6 +504,32 @@ def _move_waiting(
         total += len(moved)
     tally.write(connection)
     return total
+
+
+_NEEDY = and_(is_state(QUEUED), jobs.c.needs_memory.is_not(None))
+
+
+def memory_needs(connection: Connection) -> list[tuple[Lane, int]]:
+    """What queued jobs are known to need more bytes than; a lane with engine '' is any engine."""
+    columns = (jobs.c.model, jobs.c.asked_engine, jobs.c.needs_memory)
+    rows = connection.execute(select(*columns).where(_NEEDY).distinct())
+    return [(Lane(model, asked), needs) for model, asked, needs in rows]
+
+
+def free_of_need(connection: Connection, lane: Lane, needs_memory: int, limit: int = 5000) -> int:
+    """Let any worker try the queued jobs of one such need again; how many, at most `limit`."""
+    mine = (jobs.c.model == lane.model, jobs.c.asked_engine == lane.engine)
+    rows = select(jobs.c.batch_id, jobs.c.idx).where(
+        _NEEDY, *mine, jobs.c.needs_memory == needs_memory
+    )
+    rows = rows.order_by(jobs.c.batch_id, jobs.c.idx).limit(limit)
+    places: dict[str, list[int]] = {}
+    for batch_id, idx in connection.execute(rows.with_for_update(skip_locked=True)):
+        places.setdefault(batch_id, []).append(idx)
+    for batch_id, idxs in places.items():
+        here = and_(jobs.c.batch_id == batch_id, jobs.c.idx.in_(idxs))
+        connection.execute(update(jobs).where(here).values(needs_memory=None))
+    return sum(map(len, places.values()))
 
 
 def count_states(connection: Connection, batch_id: str) -> dict[str, int]:

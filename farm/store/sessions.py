@@ -6,24 +6,27 @@ import secrets
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, Row, and_, func, select, update
 
 from farm.catalog import Lane
 from farm.states import JobState
 from farm.store.ids import JobRef
 from farm.store.tables import is_state, jobs, now, sessions
 
+AWAY_S = 300.0  # a worker that restarts is waited for
 _RUNNING = is_state(JobState.RUNNING)
+_LIVE = and_(sessions.c.closed_at.is_(None), sessions.c.expires_at >= now())
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A worker as its session row shows it. Times in seconds."""
+    """A worker as its session row shows it. Times in seconds, memory in bytes."""
 
     id: str
     model: str
     engine: str
     device: str
+    memory: int | None
     host: str
     pid: int
     state: str
@@ -61,8 +64,12 @@ def open_session(
     pid: int,
     device: str,
     info: dict[str, Any],
+    memory: int | None = None,
 ) -> str:
-    """A new session that expires in `ttl_s` seconds unless it beats. Its id."""
+    """A new session that expires in `ttl_s` seconds unless it beats. Its id.
+
+    `memory`: bytes that its engine may use.
+    """
     session_id = secrets.token_hex(16)
     connection.execute(
         sessions.insert().values(
@@ -70,6 +77,7 @@ def open_session(
             model=lane.model,
             engine=lane.engine,
             device=device,
+            memory=memory,
             host=host,
             pid=pid,
             info=info,
@@ -81,12 +89,22 @@ def open_session(
     return session_id
 
 
-def beat(connection: Connection, session_id: str, ttl_s: float, told: Beat) -> bool:
-    """Extend the lease by `ttl_s` from now. False: the session was lost, its jobs are others'."""
+def beat(
+    connection: Connection,
+    session_id: str,
+    ttl_s: float,
+    told: Beat,
+    info: dict[str, Any] | None = None,
+) -> bool:
+    """Extend the lease by `ttl_s` from now. False: the session was lost, its jobs are others'.
+
+    `info`: replaces what the session was opened with.
+    """
+    news = {} if info is None else {"info": info}
     moved = connection.execute(
         update(sessions)
         .where(sessions.c.id == session_id, sessions.c.closed_at.is_(None))
-        .values(heartbeat_at=now(), expires_at=now() + ttl_s, **asdict(told))
+        .values(heartbeat_at=now(), expires_at=now() + ttl_s, **asdict(told), **news)
     )
     return bool(moved.rowcount)
 
@@ -127,6 +145,40 @@ def is_open(connection: Connection, session_id: str) -> bool:
     return connection.execute(query).first() is not None
 
 
+def memory_of(connection: Connection, session_id: str) -> int | None:
+    """Bytes that a worker's engine may use; None when nobody knows."""
+    query = select(sessions.c.memory).where(sessions.c.id == session_id)
+    return connection.scalar(query)
+
+
+def is_exceeded(connection: Connection, lane: Lane, memory: int) -> bool:
+    """Whether a worker of the lane (engine '': of the model) has more bytes than `memory`.
+
+    One that lives, or ended less than AWAY_S seconds ago.
+    """
+    last_seen = func.coalesce(sessions.c.closed_at, sessions.c.expires_at)
+    query = select(sessions.c.id).where(last_seen >= now() - AWAY_S)
+    query = query.where(sessions.c.model == lane.model)
+    if lane.engine:
+        query = query.where(sessions.c.engine == lane.engine)
+    return connection.execute(query.where(sessions.c.memory > memory).limit(1)).first() is not None
+
+
+def last(connection: Connection, lane: Lane, host: str, device: str) -> Row[Any, Any, Any] | None:
+    """The newest session of a lane on a host, open or ended: device, memory, info.
+
+    `device`: the beginning of its name, such as cuda or nothing.
+    """
+    query = (
+        select(sessions.c.device, sessions.c.memory, sessions.c.info)
+        .where(sessions.c.model == lane.model, sessions.c.engine == lane.engine)
+        .where(sessions.c.host == host, sessions.c.device.startswith(device, autoescape=True))
+        .order_by(sessions.c.opened_at.desc())
+        .limit(1)
+    )
+    return connection.execute(query).first()
+
+
 def expired(connection: Connection) -> list[str]:
     """Open sessions whose time is over, by the database's clock."""
     query = select(sessions.c.id).where(
@@ -148,7 +200,7 @@ def live(connection: Connection) -> list[Worker]:
     """Workers whose session is open and not expired."""
     query = (
         select(sessions, (now() - sessions.c.heartbeat_at).label("silent_s"))
-        .where(sessions.c.closed_at.is_(None), sessions.c.expires_at >= now())
+        .where(_LIVE)
         .order_by(sessions.c.model, sessions.c.engine, sessions.c.opened_at)
     )
     names = Worker.__dataclass_fields__
@@ -159,7 +211,7 @@ def live_lanes(connection: Connection) -> dict[Lane, int]:
     """How many workers serve each lane now."""
     query = (
         select(sessions.c.model, sessions.c.engine, func.count())
-        .where(sessions.c.closed_at.is_(None), sessions.c.expires_at >= now())
+        .where(_LIVE)
         .group_by(sessions.c.model, sessions.c.engine)
     )
     return {Lane(model, engine): n for model, engine, n in connection.execute(query)}

@@ -128,6 +128,7 @@ jobs = Table(
     Column("suspect", Boolean, nullable=False, server_default=text("false")),  # runs alone
     Column("cancel_requested", Boolean, nullable=False, server_default=text("false")),
     Column("not_before", Double),
+    Column("needs_memory", BigInteger),  # more bytes than these, which did not suffice
     Column("finished_at", Double),
     Column("object_key", Text),
     Column("sha256", String(64)),
@@ -163,6 +164,14 @@ jobs = Table(
         postgresql_where=text("state = 'running'"),
     ),
     Index(
+        "ix_jobs_needs_memory",
+        "model",
+        "asked_engine",
+        "needs_memory",
+        sqlite_where=text("state = 'queued' AND needs_memory IS NOT NULL"),
+        postgresql_where=text("state = 'queued' AND needs_memory IS NOT NULL"),
+    ),
+    Index(
         "ix_jobs_failed",
         "batch_id",
         "error_code",
@@ -181,6 +190,12 @@ def is_due() -> ColumnElement[bool]:
     """Queued, and not held back until later."""
     not_held_back = or_(jobs.c.not_before.is_(None), jobs.c.not_before <= now())
     return and_(is_state(JobState.QUEUED), not_held_back)
+
+
+def may_fit(memory: int | None) -> ColumnElement[bool]:
+    """Not known to need more memory than a worker's `memory` in bytes (None: unknown)."""
+    anywhere = jobs.c.needs_memory.is_(None)
+    return anywhere if memory is None else or_(anywhere, jobs.c.needs_memory < memory)
 
 
 # Every change of a job's state that is not the plain way, with its reason.
@@ -207,11 +222,13 @@ sessions = Table(
     Column("model", String(63), nullable=False),
     Column("engine", String(16), nullable=False),
     Column("device", String(32), nullable=False, server_default=""),
+    Column("memory", BigInteger),  # bytes that its engine may use on the device
     Column("host", Text, nullable=False),
     Column("pid", Integer, nullable=False),
     Column("state", String(12), nullable=False, server_default="idle"),  # idle, rendering, waiting
     Column("note", Text, nullable=False, server_default=""),  # why it waits, for a person
     Column("info", JSON, nullable=False),  # versions, micro-batch: what the lane promises
+    # and what a lack of memory taught it
     Column("rendered", Integer, nullable=False, server_default="0"),
     Column("seconds_per_picture", Float),
     Column("opened_at", Double, nullable=False),

@@ -30,6 +30,7 @@ def upgrade() -> None:
         sa.Column("model", sa.String(length=63), nullable=False),
         sa.Column("engine", sa.String(length=16), nullable=False),
         sa.Column("device", sa.String(length=32), server_default="", nullable=False),
+        sa.Column("memory", sa.BigInteger(), nullable=True),
         sa.Column("host", sa.Text(), nullable=False),
         sa.Column("pid", sa.Integer(), nullable=False),
         sa.Column("state", sa.String(length=12), server_default="idle", nullable=False),
@@ -125,6 +126,7 @@ def upgrade() -> None:
             "cancel_requested", sa.Boolean(), server_default=sa.text("false"), nullable=False
         ),
         sa.Column("not_before", sa.Double(), nullable=True),
+        sa.Column("needs_memory", sa.BigInteger(), nullable=True),
         sa.Column("finished_at", sa.Double(), nullable=True),
         sa.Column("object_key", sa.Text(), nullable=True),
         sa.Column("sha256", sa.String(length=64), nullable=True),
@@ -173,6 +175,14 @@ def upgrade() -> None:
         unique=False,
         sqlite_where=sa.text("state = 'running'"),
         postgresql_where=sa.text("state = 'running'"),
+    )
+    op.create_index(
+        "ix_jobs_needs_memory",
+        "jobs",
+        ["model", "asked_engine", "needs_memory"],
+        unique=False,
+        sqlite_where=sa.text("state = 'queued' AND needs_memory IS NOT NULL"),
+        postgresql_where=sa.text("state = 'queued' AND needs_memory IS NOT NULL"),
     )
     op.create_index(
         "ix_jobs_queued",
