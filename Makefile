@@ -62,7 +62,7 @@ format: $(VENV)/.dev ## Mend style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(VENV)/.dev ## Measure what the farm costs beside the work; ARGS=--write keeps the table
+bench: $(VENV)/.dev ## Measure the farm's cost and an engine's memory; ARGS=--write keeps the tables
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 demo-model: $(VENV)/.farm ## Train the demo model anew (more than an hour on two cores)

