@@ -1,4 +1,5 @@
-"""Child processes that do not outlive this one, with their logs and their past."""
+"""Child processes that do not outlive this one, with their logs and their past; how a worker is \
+started."""
 
 from __future__ import annotations
 
@@ -79,6 +80,34 @@ def child_environment(settings: Settings) -> dict[str, str]:
     return env
 
 
+@dataclass(frozen=True)
+class WorkerFlags:
+    """What a worker is told beside its lane; None: as the model and the engine have it.
+
+    `memory_limit`: bytes.
+    """
+
+    device: str | None = None
+    micro_batch: int | None = None
+    strict: bool = False
+    threads: int | None = None
+    memory_limit: int | None = None
+
+
+def worker_command(lane: Lane, flags: WorkerFlags) -> list[str]:
+    """The command line of a worker; `farm` itself knows it by its name alone."""
+    argv = [sys.executable, "-m", "workers", "--model", lane.model, "--engine", lane.engine]
+    limit = None if flags.memory_limit is None else f"{flags.memory_limit}B"
+    told = {
+        "device": flags.device, "micro-batch": flags.micro_batch, "threads": flags.threads,
+        "memory-limit": limit,
+    }  # fmt: skip
+    for name, value in told.items():
+        if value is not None:
+            argv += [f"--{name}", str(value)]
+    return [*argv, "--strict"] if flags.strict else argv
+
+
 def _plain(value: object) -> str:
     return str(value) if isinstance(value, str | Path) else json.dumps(value)
 
@@ -88,7 +117,7 @@ class Child:
     """One supervised process and its past."""
 
     name: str
-    argv: list[str | Path]
+    argv: Sequence[str | Path]
     log: Path
     lane: Lane | None = None
     process: subprocess.Popen[bytes] | None = None

@@ -25,7 +25,7 @@ from typing import IO, Self
 
 from farm import local_broker
 from farm.catalog import Lane
-from farm.children import Child, child_environment
+from farm.children import Child, WorkerFlags, child_environment, worker_command
 from farm.config import Settings
 from farm.engines import check_engine
 from farm.errors import EnvironmentFault, FarmError, ModelNotLoaded
@@ -55,7 +55,8 @@ class _Group:
 class EmbeddedFarm:
     """Starts and supervises a farm's processes; a context manager.
 
-    `workers`: one process for each lane named. `say` gets a line for each thing that happens.
+    `workers`: one process for each lane named, all with the same `flags`. `say` gets a line for
+    each thing that happens.
     """
 
     def __init__(
@@ -63,12 +64,13 @@ class EmbeddedFarm:
         settings: Settings,
         workers: Sequence[Lane] = (),
         *,
+        flags: WorkerFlags | None = None,
         say: Callable[[str], None] = log.info,
     ) -> None:
         self.settings = settings
         self.home = settings.home.resolve()
         self.failure: FarmError | None = None
-        self._lanes = list(workers)
+        self._lanes, self._flags = list(workers), flags or WorkerFlags()
         self._say = say
         self._group = _Group()
         self._env: dict[str, str] = {}
@@ -161,23 +163,22 @@ class EmbeddedFarm:
         self._farm = Farm(self.settings)
         self._farm.check_schema()
         self._env = child_environment(self.settings)
-        python = [sys.executable, "-m"]
         if not self.settings.broker_url:
             self._start_broker()
-        self._group.dispatcher = self._child("dispatcher", [*python, "farm", "dispatcher"])
+        dispatcher = [sys.executable, "-m", "farm", "dispatcher"]
+        self._group.dispatcher = self._child("dispatcher", dispatcher)
         self._group.dispatcher.start(self._env)
         before = {worker.id for worker in self._farm.workers()}
         for place, lane in enumerate(self._lanes, start=1):
             check_engine(lane.engine)
             name = f"worker-{place}-{lane.model}-{lane.engine}"
-            argv = [*python, "workers", "--model", lane.model, "--engine", lane.engine]
-            worker = self._child(name, argv, lane)
+            worker = self._child(name, worker_command(lane, self._flags), lane)
             worker.start(self._env)
             self._group.workers.append(worker)
         self._await_workers(before)
 
     def _child(self, name: str, argv: Sequence[str | Path], lane: Lane | None = None) -> Child:
-        return Child(name, list(argv), self.home / "logs" / f"{name}.log", lane)
+        return Child(name, argv, self.home / "logs" / f"{name}.log", lane)
 
     def _start_broker(self) -> None:
         path, data = self.settings.broker_socket, self.home / "broker"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from farm.catalog import Catalog, Lane
+from farm.catalog import Catalog, Lane, Weights
 from farm.errors import InvalidConfig
 
 PACKAGES = {
@@ -27,16 +27,19 @@ def check_engine(engine: str) -> None:
 
 
 def choose_lane(catalog: Catalog, name: str) -> Lane:
-    """The lane that `model` or `model:engine` means: the model's first engine that is installed.
+    """The lane that `model` or `model:engine` means.
 
+    Of a model's engines the first that is installed, if need be with weights yet to be fetched.
     Raises UnknownModel, or InvalidConfig when no engine for it is installed.
     """
     model, colon, engine = name.partition(":")
     lanes = [Lane(model, engine)] if colon else [Lane(model, e) for e in catalog.get(model).engines]
-    for lane in lanes:
-        catalog.weights(lane)
-    for lane in lanes:
-        if not missing_packages(lane.engine):
-            return lane
-    check_engine(lanes[0].engine)
-    return lanes[0]
+    away = {lane for lane in lanes if not _is_here(catalog.weights(lane))}
+    able = [lane for lane in lanes if not missing_packages(lane.engine)]
+    if not able:
+        check_engine(lanes[0].engine)
+    return min(able, key=away.__contains__)
+
+
+def _is_here(weights: Weights) -> bool:
+    return weights.path is not None or not (weights.repo or weights.url)

@@ -16,10 +16,22 @@ from farm.cli.output import hint, note
 from farm.errors import DatabaseUnavailable, InvalidConfig
 
 if TYPE_CHECKING:
+    from farm.children import WorkerFlags
     from farm.config import Settings
     from farm.embedded import EmbeddedFarm
 
 _PANEL = "The farm"
+
+Device = Annotated[str | None, typer.Option("--device", "-d", help="Such as cuda, cuda:1 or cpu.")]
+MicroBatch = Annotated[
+    int | None, typer.Option("--micro-batch", min=1, max=256, help="Pictures rendered at once.")
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Same bytes whatever is rendered beside.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option("--memory-limit", metavar="SIZE", help="Of a worker, such as 8GB or 1.5GiB."),
+]
 
 
 def up(
@@ -33,21 +45,27 @@ def up(
         ),
     ] = None,
     no_worker: Annotated[bool, typer.Option("--no-worker", help="Start no worker.")] = False,
+    device: Device = None,
+    micro_batch: MicroBatch = None,
+    strict: Strict = False,
+    threads: Threads = None,
+    memory_limit: MemoryLimit = None,
 ) -> None:
     """Start and supervise a whole farm on this machine; Ctrl-C stops it all.
 
     Needs no set-up: a database, a broker and a picture directory are made in
     home. What dies is started again. A second Ctrl-C does not wait for the
-    pictures that are being rendered.
+    pictures that are being rendered. Options of workers go to each of them.
     """
     from farm.catalog import load_catalog
     from farm.embedded import EmbeddedFarm
     from farm.engines import choose_lane
 
     conf = settings()
-    catalog = load_catalog(conf.catalog_path)
+    catalog = load_catalog(conf.catalog_path, conf.models_path)
     lanes = [] if no_worker else [choose_lane(catalog, name) for name in models or ["shapes"]]
-    farm = EmbeddedFarm(conf, lanes, say=note)
+    flags = _flags(device, micro_batch, strict, threads, memory_limit)
+    farm = EmbeddedFarm(conf, lanes, flags=flags, say=note)
     with _interruptible(farm):
         if farm.start():
             _ready(conf, [lane.model for lane in lanes])
@@ -98,16 +116,11 @@ class _interruptible:
 def worker(
     model: Annotated[str, typer.Option("--model", "-m", help="See `farm models`.")],
     engine: Annotated[str, typer.Option("--engine", "-e", help="Such as diffusers.")],
-    device: Annotated[
-        str | None, typer.Option("--device", "-d", help="Such as cuda, cuda:1 or cpu.")
-    ] = None,
-    micro_batch: Annotated[
-        int | None, typer.Option("--micro-batch", min=1, max=256, help="Pictures rendered at once.")
-    ] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Same bytes whatever is rendered beside.")
-    ] = False,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
+    device: Device = None,
+    micro_batch: MicroBatch = None,
+    strict: Strict = False,
+    threads: Threads = None,
+    memory_limit: MemoryLimit = None,
 ) -> None:
     """Serve one model on one engine until SIGTERM or Ctrl-C; finishes what it renders.
 
@@ -115,22 +128,32 @@ def worker(
     picture store.
     """
     from farm.catalog import Lane, load_catalog
+    from farm.children import worker_command
     from farm.engines import check_engine
 
-    conf = settings()
-    load_catalog(conf.catalog_path).weights(Lane(model, engine))
+    conf, lane = settings(), Lane(model, engine)
+    load_catalog(conf.catalog_path).weights(lane)
     check_engine(engine)
     if importlib.util.find_spec("workers") is None:
         raise InvalidConfig("this installation has no worker: pip install renderfarm")
-    argv = [sys.executable, "-m", "workers", "--model", model, "--engine", engine]
-    for name, value in (("device", device), ("micro-batch", micro_batch), ("threads", threads)):
-        if value is not None:
-            argv += [f"--{name}", str(value)]
-    if strict:
-        argv.append("--strict")
+    argv = worker_command(lane, _flags(device, micro_batch, strict, threads, memory_limit))
     env = os.environ | ({"FARM_HOME": str(conf.home.absolute())} if options.home else {})
     sys.stdout.flush()
     os.execve(sys.executable, argv, env)  # noqa: S606
+
+
+def _flags(
+    device: str | None,
+    micro_batch: int | None,
+    strict: bool,
+    threads: int | None,
+    memory_limit: str | None,
+) -> WorkerFlags:
+    from farm.children import WorkerFlags
+    from farm.units import parse_size
+
+    limit = parse_size(memory_limit) if memory_limit else None
+    return WorkerFlags(device, micro_batch, strict, threads, limit)
 
 
 def dispatcher() -> None:
@@ -174,6 +197,7 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "farm up",
             "farm up --model sdxl-base --model shapes:diffusers",
+            "farm up --model klein:diffusers --model klein:sdcpp --memory-limit 12GB",
             "farm --home /data/farm up --no-worker",
         ),
     )(up)

@@ -11,12 +11,14 @@ import pytest
 
 from farm import engines
 from farm.catalog import DEMO, Catalog, Lane, Weights
-from farm.children import Child, child_environment, spawn
+from farm.children import Child, WorkerFlags, child_environment, spawn, worker_command
 from farm.config import Settings, load_settings
 from farm.embedded import MAX_DEATHS, EmbeddedFarm, lock_home
 from farm.engines import choose_lane
 from farm.errors import EnvironmentFault, InvalidConfig, ModelNotLoaded, UnknownModel
+from farm.units import parse_size
 from tests.servers import poll
+from workers.app import parse
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +44,26 @@ def test_the_first_engine_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("nope", "both:fake"):
         with pytest.raises(UnknownModel):
             choose_lane(both(), name)
+
+
+def test_weights_that_are_here_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "PACKAGES", {})
+    weights = {"diffusers": Weights(repo="me/there"), "sdcpp": Weights(path=Path("here"))}
+    models = {"both": DEMO.model_copy(update={"engines": weights})}
+    assert choose_lane(Catalog(models), "both") == Lane("both", "sdcpp")
+    assert choose_lane(Catalog(models), "both:diffusers") == Lane("both", "diffusers")
+    del weights["sdcpp"]
+    assert choose_lane(Catalog(models), "both") == Lane("both", "diffusers")
+
+
+def test_a_worker_gets_what_was_told() -> None:
+    lane = Lane("shapes", "diffusers")
+    plain = worker_command(lane, WorkerFlags())
+    assert plain[1:] == ["-m", "workers", "--model", "shapes", "--engine", "diffusers"]
+    told = parse(worker_command(lane, WorkerFlags("cuda:1", 4, True, 2, 3 * 2**30))[3:])
+    assert (told.model, told.engine, told.device) == ("shapes", "diffusers", "cuda:1")
+    assert (told.micro_batch, told.strict, told.threads) == (4, True, 2)
+    assert parse_size(told.memory_limit) == 3 * 2**30
 
 
 def test_children_get_the_very_same_settings(
