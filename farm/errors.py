@@ -9,6 +9,8 @@ FarmError                       code, a sentence that a person can act on
 |   |-- InvalidPromptFile       ERR_INVALID_PROMPT_FILE   (carries one RowError a bad line)
 |   |-- InvalidConfig           ERR_INVALID_CONFIG
 |   |-- UntrustedModel          ERR_UNTRUSTED_MODEL       (wrong bytes, a pickle, a hostile answer)
+|   |-- KeyReused               ERR_KEY_REUSED
+|   |-- SubmitInProgress        ERR_SUBMIT_IN_PROGRESS
 |   `-- NotFound                ERR_NOT_FOUND
 |-- RenderFailed                ERR_RENDER_FAILED    a failure is counted, the job is retried
 |   `-- BadImage                ERR_BAD_IMAGE        uniform or NaN picture
@@ -118,6 +120,18 @@ class NotFound(Invalid):
     """There is no such batch, job or worker."""
 
     code = "ERR_NOT_FOUND"
+
+
+class KeyReused(Invalid):
+    """This idempotency key belongs to another request; send a new key with new content."""
+
+    code = "ERR_KEY_REUSED"
+
+
+class SubmitInProgress(Invalid):
+    """A request with this idempotency key is being carried out; ask again in a few seconds."""
+
+    code = "ERR_SUBMIT_IN_PROGRESS"
 
 
 class RenderFailed(FarmError):

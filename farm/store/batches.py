@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Row, and_, delete, func, select, update
+from sqlalchemy.exc import IntegrityError
 
 from farm.catalog import Lane
-from farm.errors import NotFound
+from farm.errors import KeyReused, NotFound, SubmitInProgress
 from farm.states import JobState
 from farm.store.db import Database
 from farm.store.ids import new_batch_id
@@ -49,23 +50,62 @@ class BatchStatus:
         return asdict(self) | {"done": self.done}
 
 
+@dataclass(frozen=True)
+class Once:
+    """Marks a request that may be sent again and is carried out once: its key, and its SHA-256."""
+
+    key: str
+    sha256: str
+
+
 def create(
-    connection: Connection, params: dict[str, Any], *, name: str, owner: str, priority: int
+    connection: Connection,
+    params: dict[str, Any],
+    *,
+    name: str,
+    owner: str,
+    priority: int,
+    once: Once | None = None,
 ) -> str:
-    """A new, empty batch that no worker sees before `release`. Its id."""
+    """A new, empty batch that no worker sees before `release`. Its id.
+
+    Raises SubmitInProgress when another batch of the owner has the key of `once`.
+    """
     batch_id = new_batch_id()
-    connection.execute(
-        batches.insert().values(
-            id=batch_id,
-            params=params,
-            name=name,
-            owner=owner,
-            priority=priority,
-            created_at=now(),
-            touched_at=now(),
-        )
-    )
+    values = {
+        "id": batch_id,
+        "params": params,
+        "name": name,
+        "owner": owner,
+        "priority": priority,
+        "created_at": now(),
+        "touched_at": now(),
+    }
+    if once:
+        values |= {"idempotency_key": once.key, "request_sha256": once.sha256}
+    try:
+        connection.execute(batches.insert().values(values))
+    except IntegrityError as error:
+        raise SubmitInProgress() from error
     return batch_id
+
+
+def made_by(connection: Connection, owner: str, once: Once) -> str | None:
+    """The batch that this very request made before, if it did; its id.
+
+    Raises KeyReused when the key belongs to another request, SubmitInProgress while the batch is
+    not whole.
+    """
+    mine = and_(batches.c.owner == owner, batches.c.idempotency_key == once.key)
+    query = select(batches.c.id, batches.c.request_sha256, batches.c.ready).where(mine)
+    row = connection.execute(query).first()
+    if row is None:
+        return None
+    if row.request_sha256 != once.sha256:
+        raise KeyReused()
+    if not row.ready:
+        raise SubmitInProgress()
+    return str(row.id)
 
 
 def touch(connection: Connection, batch_id: str) -> None:
@@ -92,12 +132,10 @@ def remove(connection: Connection, batch_id: str) -> None:
 
 
 @contextmanager
-def submission(
-    db: Database, params: dict[str, Any], *, name: str, owner: str, priority: int
-) -> Iterator[str]:
-    """A batch under construction: removed again when the block raises."""
+def submission(db: Database, params: dict[str, Any], **about: Any) -> Iterator[str]:
+    """A batch under construction, `about` as in `create`: removed again when the block raises."""
     with db.write() as connection:
-        batch_id = create(connection, params, name=name, owner=owner, priority=priority)
+        batch_id = create(connection, params, **about)
     try:
         yield batch_id
     except BaseException:
@@ -114,10 +152,20 @@ def status(connection: Connection, batch_id: str) -> BatchStatus:
     return _statuses(connection, [row])[0]
 
 
-def recent(connection: Connection, limit: int = 20) -> list[BatchStatus]:
-    """The newest batches, newest first."""
-    rows = connection.execute(_with_clock().order_by(batches.c.id.desc()).limit(limit)).all()
-    return _statuses(connection, rows)
+def recent(
+    connection: Connection,
+    limit: int = 20,
+    *,
+    before: str | None = None,
+    owner: str | None = None,
+) -> list[BatchStatus]:
+    """The newest batches, newest first: those older than the batch `before`, those of an owner."""
+    query = _with_clock().order_by(batches.c.id.desc()).limit(limit)
+    if before is not None:
+        query = query.where(batches.c.id < before)
+    if owner is not None:
+        query = query.where(batches.c.owner == owner)
+    return _statuses(connection, connection.execute(query).all())
 
 
 def find(connection: Connection, text: str) -> str:

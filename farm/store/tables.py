@@ -85,6 +85,9 @@ batches = Table(
     Column("touched_at", Double, nullable=False),  # last sign of its submitter
     Column("started_at", Double),  # first claim
     Column("finished_at", Double),  # last time that its last job reached a final state
+    Column("idempotency_key", String(255)),  # of the request that made it, one an owner
+    Column("request_sha256", String(64)),  # what that request held
+    Index("ix_batches_idempotency", "owner", "idempotency_key", unique=True),
 )
 
 # How many jobs of a batch stand in each state, by model and engine asked for; kept in
@@ -244,4 +247,19 @@ sessions = Table(
     ),
 )
 
-__all__ = ["batches", "counts", "events", "func", "jobs", "metadata", "now", "sessions"]
+# Who may use the HTTP API. The secret itself is nowhere, its SHA-256 only.
+tokens = Table(
+    "api_tokens",
+    metadata,
+    Column("id", String(16), primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("owner", Text, nullable=False, server_default=""),  # empty: sees every owner's batches
+    Column("scopes", Text, nullable=False),  # joined by spaces
+    Column("sha256", String(64), nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("expires_at", Double),
+    Column("last_used_at", Double),
+    Column("revoked_at", Double),
+)
+
+__all__ = ["batches", "counts", "events", "func", "jobs", "metadata", "now", "sessions", "tokens"]

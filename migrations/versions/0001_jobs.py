@@ -1,4 +1,4 @@
-"""Batches, their counters, jobs, events and sessions."""
+"""Batches, their counters, jobs, events, sessions and API tokens."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -22,7 +22,23 @@ def upgrade() -> None:
         sa.Column("touched_at", sa.Double(), nullable=False),
         sa.Column("started_at", sa.Double(), nullable=True),
         sa.Column("finished_at", sa.Double(), nullable=True),
+        sa.Column("idempotency_key", sa.String(length=255), nullable=True),
+        sa.Column("request_sha256", sa.String(length=64), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_batches")),
+    )
+    op.create_index("ix_batches_idempotency", "batches", ["owner", "idempotency_key"], unique=True)
+    op.create_table(
+        "api_tokens",
+        sa.Column("id", sa.String(length=16), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("owner", sa.Text(), server_default="", nullable=False),
+        sa.Column("scopes", sa.Text(), nullable=False),
+        sa.Column("sha256", sa.String(length=64), nullable=False),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.Column("expires_at", sa.Double(), nullable=True),
+        sa.Column("last_used_at", sa.Double(), nullable=True),
+        sa.Column("revoked_at", sa.Double(), nullable=True),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_api_tokens")),
     )
     op.create_table(
         "sessions",
@@ -200,3 +216,4 @@ def downgrade() -> None:
     op.drop_table("sessions")
     op.drop_table("job_events")
     op.drop_table("batches")
+    op.drop_table("api_tokens")
