@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from farm.catalog import PICKLES
 from farm.errors import ModelNotLoaded
+from farm.weight_files import PICKLES
 from workers.engines.model_files import MOST_HEADER_BYTES
 
 GGUF_MAGIC = b"GGUF"
@@ -42,14 +42,24 @@ GGML_BLOCKS = {
     22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8),
     29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
 }  # fmt: skip
+GGML_NAMES = {
+    0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0",
+    10: "q2_k", 11: "q3_k", 12: "q4_k", 13: "q5_k", 14: "q6_k", 30: "bf16",
+}  # fmt: skip
 
 
 class Tensor(NamedTuple):
-    """One tensor as a header has it; `begin` and `end` in bytes from the first tensor's."""
+    """One tensor as a header has it; `begin` and `end` in bytes from the first tensor's.
+
+    `shape`: outermost dimension first, as torch has it: (out, in) or (out, in, height, width).
+    `kind`: the type of its numbers, such as f16 or q8_0.
+    """
 
     name: str
     begin: int
     end: int
+    shape: tuple[int, ...]
+    kind: str
 
 
 class _Broken(Exception):
@@ -58,8 +68,13 @@ class _Broken(Exception):
 
 def check_checkpoint(file: Path) -> list[str]:
     """The names of the tensors in a file. Raises ModelNotLoaded, which names file and fault."""
+    return [tensor.name for tensor in checked_tensors(file)]
+
+
+def checked_tensors(file: Path) -> list[Tensor]:
+    """The tensors in a file. Raises ModelNotLoaded, which names file and fault."""
     try:
-        return [tensor.name for tensor in _tensors(file)]
+        return _tensors(file)
     except (_Broken, OSError) as error:
         raise ModelNotLoaded(f"{file}: {error}") from None
 
@@ -136,7 +151,7 @@ def _safetensor(name: str, entry: dict[str, object]) -> Tensor:
     wanted = math.prod(shape) * SAFETENSORS_BYTES[str(dtype)]
     if end - begin != wanted:
         raise _Broken(f"tensor {name[:80]}: {end - begin:,} bytes, its shape needs {wanted:,}")
-    return Tensor(name, begin, end)
+    return Tensor(name, begin, end, tuple(shape), str(dtype).lower())
 
 
 # ----------------------------------------------------------------------------- GGUF
@@ -174,7 +189,9 @@ def _gguf_tensors(header: _Header, count: int) -> Iterator[Tensor]:
         weights, stored = GGML_BLOCKS[kind]
         if shape[0] % weights or not all(1 <= side < 2**48 for side in shape):
             raise _Broken(f"tensor {name[:80]}: its shape {shape} does not fit its type")
-        yield Tensor(name, begin, begin + math.prod(shape) // weights * stored)
+        end = begin + math.prod(shape) // weights * stored
+        named = GGML_NAMES.get(kind, f"type {kind}")
+        yield Tensor(name, begin, end, tuple(reversed(shape)), named)
 
 
 class _Header:

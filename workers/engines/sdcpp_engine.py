@@ -4,6 +4,9 @@ One context a worker, loaded once; jobs one by one, for a processor gains nothin
 seed is the job's own, so the same build, files and settings give the same bytes in every process,
 with any number of threads; another build of the library does not (`versions` names it).
 
+A strength of 0 gives the input picture itself, not one that went through the VAE. What the mask
+of an inpainting job leaves unpainted is the input's, pixel for pixel.
+
 A render cannot be stopped from inside: a cancelled one is ended by ending this process
 (EngineInfo.interruptible), and the parent starts another.
 """
@@ -12,9 +15,13 @@ from __future__ import annotations
 
 import gc
 import platform
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from pydantic import ValidationError
 
 from farm.errors import (
@@ -27,44 +34,66 @@ from farm.errors import (
 from farm.samplers import SAMPLERS
 from farm.spec import JobSpec, describe, row_errors
 from workers.engine import NO_INPUTS, EngineConfig, EngineInfo, Inputs, Pixels, Watch
-from workers.engines.checkpoint_files import check_checkpoint
-from workers.engines.sdcpp_native import OWN_CHOICE, Context, Log, build
-from workers.engines.sdcpp_options import SdcppOptions, options_of
+from workers.engines.checkpoint_files import Tensor, checked_tensors
+from workers.engines.input_pictures import init_picture, mask_picture
+from workers.engines.memory_limit import limit_memory
+from workers.engines.sdcpp_arguments import arguments, clip_skip_of, steps_of, text_refusal
+from workers.engines.sdcpp_loras import Loras
+from workers.engines.sdcpp_native import Context, Log, build
+from workers.engines.sdcpp_options import OWN_TILES, SdcppOptions, options_of
 
-MOST_PROMPT_BYTES = 4_000
-"""As UTF-8. A token may be one byte, and the text encoder's time and memory grow with the square
-of their number: 4,000 take 1.3 GB, and up to 2 s; 32,000 end the process."""
 TEST_SIDE = 72
 """Of the self-test's picture, in pixels: what the library rounds it up to tells the multiple."""
 MULTIPLES = (8, 16, 32, 64)
+_ENCODER = re.compile(r"^((first_stage_model|vae|tae)\.)?encoder\.")
+_CLIP = re.compile(r"text_model\.encoder\.|transformer\.resblocks\.")
 
 
 class SdcppEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._options: SdcppOptions = options_of(config)
+        self._tile = self._options.tile
         self._log = Log()
         self._context: Context | None = None
+        self._loras = Loras({}, [])
+        self._encoder = False  # the VAE reads pictures too
+        self._clip = False  # there is a CLIP text encoder
         self._distilled = False  # guidance is an input of the model
         self._multiple = 0  # of a picture's sides, in pixels
 
     def load(self) -> EngineInfo:
         """Check every file, load, and render a first small picture."""
-        tensors = [name for file in self._options.files.values() for name in check_checkpoint(file)]
-        self._distilled = any("guidance_in." in name for name in tensors)
+        memory = limit_memory(self._config.memory_limit)
+        parts = {part: checked_tensors(file) for part, file in self._options.files.items()}
+        self._look_at(parts)
+        self._check_room(parts.values())
         digest = self._options.weights_sha256()
-        self._context = Context(self._options, self._log)
+        self._context = Context(self._options, self._log, encoder=self._encoder)
         device = self._device()
         self._multiple = self._self_test()
-        return EngineInfo(device, 1, digest, self._versions(), interruptible=False)
+        for _ in range(self._config.eased):
+            self.ease()
+        return EngineInfo(
+            device,
+            1,
+            digest,
+            self._versions(),
+            interruptible=False,
+            memory=memory if device == "cpu" else None,
+            loras=self._loras.hashes,
+        )
 
     def render(
         self, jobs: Sequence[JobSpec], watch: Watch, inputs: Inputs = NO_INPUTS
     ) -> Sequence[Pixels | FarmError]:
-        return [self._one(job, watch) for job in jobs]
+        return [self._one(job, watch, inputs) for job in jobs]
 
     def ease(self) -> str | None:
-        return None
+        if self._tile:
+            return None
+        self._tile = OWN_TILES
+        return "the VAE reads and writes pictures in tiles"
 
     def close(self) -> None:
         if self._context:
@@ -72,80 +101,25 @@ class SdcppEngine:
         self._context = None
         gc.collect()
 
-    def _one(self, job: JobSpec, watch: Watch) -> Pixels | FarmError:
-        if refusal := self._refusal(job):
-            return refusal
-        pixels = self._picture(job, watch)
-        height, width = pixels.shape[:2]
-        if (width, height) != (job.width, job.height):
-            return InvalidParameter(
-                f"size {job.width}x{job.height}: this model gives {width}x{height}"
+    # ----------------------------------------------------------------------- load
+    def _look_at(self, parts: Mapping[str, Sequence[Tensor]]) -> None:
+        """What the files can do, by the names and shapes of their tensors."""
+        vae = parts.get("taesd") or parts.get("vae") or parts.get("model") or []
+        tensors = [tensor for part in parts.values() for tensor in part]
+        self._encoder = any(_ENCODER.match(tensor.name) for tensor in vae)
+        self._clip = any(_CLIP.search(tensor.name) for tensor in tensors)
+        self._distilled = any("guidance_in." in tensor.name for tensor in tensors)
+        self._loras = Loras(self._config.loras, tensors)
+
+    def _check_room(self, parts: Iterable[Sequence[Tensor]]) -> None:
+        """Weights beyond the limit would end the process without a word."""
+        limit = self._config.memory_limit
+        size = sum(tensor.end - tensor.begin for part in parts for tensor in part)
+        if limit and self._options.wtype == "default" and size > limit:
+            raise ModelNotLoaded(
+                f"model {self._config.model}: {size:,} bytes of weights, and the worker's memory "
+                f"limit is {limit:,}; raise it, or quantise the model: farm models convert"
             )
-        return pixels
-
-    def _picture(self, job: JobSpec, watch: Watch) -> Pixels:
-        """Whatever size it comes in. `watch` may raise; so does this, once the call is over."""
-
-        def progress(done: int, total: int) -> None:
-            if done:  # a VAE in tiles tells its tiles too: a sign of life, and no more
-                watch.step(done if total == job.steps else job.steps, job.steps)
-
-        assert self._context is not None
-        return self._context.render(progress, **self._arguments(job))
-
-    def _arguments(self, job: JobSpec) -> dict[str, Any]:
-        """Those of the library's generate_image, all within what it is known to survive.
-
-        Guidance is as diffusers has it: up to 1 means none, and a model that takes the scale as
-        an input gets it there.
-        """
-        sampler = SAMPLERS[job.scheduler].sdcpp if job.scheduler else None
-        method, sigmas = sampler or ("default", "default")
-        scale = job.guidance_scale
-        guidance = (
-            {"cfg_scale": 1.0, "guidance": scale}
-            if self._distilled
-            else {"cfg_scale": max(1.0, scale)}
-        )
-        tiling = {"vae_tiling": True, "vae_tile_size": self._options.tile}
-        return {
-            "prompt": job.prompt,
-            "negative_prompt": job.negative_prompt,
-            "width": job.width,
-            "height": job.height,
-            "sample_steps": job.steps,
-            "sample_method": method,
-            "scheduler": sigmas,
-            "seed": job.seed,
-            **guidance,
-            **(tiling if self._options.tile else {}),
-            **OWN_CHOICE,
-        }
-
-    def _refusal(self, job: JobSpec) -> FarmError | None:
-        """What is wrong with a job, or what of it this engine or this model cannot do."""
-        try:  # anew: what native code would not survive must not reach it by any way
-            JobSpec(**job.__dict__)
-        except ValidationError as error:
-            rows = row_errors(0, error)
-            prompt = any(row.code == InvalidPrompt.code for row in rows)
-            return (InvalidPrompt if prompt else InvalidParameter)(describe(rows))
-        return _text_refusal(job) or self._model_refusal(job)
-
-    def _model_refusal(self, job: JobSpec) -> FarmError | None:
-        """Samplers and sizes."""
-        known = {name: sampler for name, sampler in SAMPLERS.items() if sampler.sdcpp}
-        can = [name for name, sampler in known.items() if self._log.flow or not sampler.flow]
-        if job.scheduler and job.scheduler not in can:
-            kind = "this model" if job.scheduler in known else "engine sdcpp"
-            return InvalidParameter(f"scheduler {job.scheduler}: {kind} can do {', '.join(can)}")
-        width, height = (_up(side, self._multiple) for side in (job.width, job.height))
-        if (width, height) != (job.width, job.height):
-            return InvalidParameter(
-                f"size {job.width}x{job.height}: this model takes multiples of {self._multiple}, "
-                f"the next is {width}x{height}"
-            )
-        return None
 
     def _self_test(self) -> int:
         """A first small picture, of more than one colour; returns what sides are multiples of."""
@@ -184,23 +158,103 @@ class SdcppEngine:
                 f"{found}; another needs another build (see the Makefile), and the second GPU "
                 "CUDA_VISIBLE_DEVICES=1"
             )
+        if self._config.memory_limit and found != "cpu":
+            raise InvalidConfig(f"memory_limit: engine sdcpp has none on {found}, on a CPU only")
         return found
 
     def _versions(self) -> dict[str, str]:
         chosen = {"wtype": self._options.wtype, "rng": self._options.rng}
-        threads = {"threads": str(self._options.threads)}
-        return {"python": platform.python_version(), **build(), **chosen, **threads}
+        chosen |= {"threads": str(self._options.threads)}
+        if self._tile:
+            chosen["vae_tiling"] = self._tile
+        return {"python": platform.python_version(), **build(), **chosen}
 
-
-def _text_refusal(job: JobSpec) -> FarmError | None:
-    for text in (job.prompt, job.negative_prompt):
-        if "<lora:" in text.lower():
-            return InvalidPrompt("<lora:...> in a prompt would open a file; it is not allowed")
-        if (length := len(text.encode())) > MOST_PROMPT_BYTES:
-            return InvalidPrompt(
-                f"{length:,} bytes of text; engine sdcpp reads {MOST_PROMPT_BYTES:,} at most"
+    # --------------------------------------------------------------------- render
+    def _one(self, job: JobSpec, watch: Watch, inputs: Inputs) -> Pixels | FarmError:
+        if refusal := self._refusal(job):
+            return refusal
+        try:
+            init, mask = init_picture(job, inputs), mask_picture(job, inputs)
+        except InvalidParameter as error:
+            return error
+        if init and not job.strength:
+            return np.asarray(init)
+        pixels = self._picture(job, watch, init, mask)
+        if refusal := self._loras.refusal(job.loras):  # as the render has shown
+            return refusal
+        height, width = pixels.shape[:2]
+        if (width, height) != (job.width, job.height):
+            return InvalidParameter(
+                f"size {job.width}x{job.height}: this model gives {width}x{height}"
             )
-    return None
+        if init and mask:
+            return np.where(np.asarray(mask)[..., None], pixels, np.asarray(init))
+        return pixels
+
+    def _picture(
+        self,
+        job: JobSpec,
+        watch: Watch,
+        init: Image.Image | None = None,
+        mask: Image.Image | None = None,
+    ) -> Pixels:
+        """Whatever size it comes in. `watch` may raise; so does this, once the call is over."""
+        reached, steps = 0, steps_of(job).taken
+
+        def progress(done: int, total: int) -> None:
+            nonlocal reached
+            if done:  # a VAE in tiles tells its tiles too: a sign of life, and no more
+                reached = max(reached, done) if total == steps else reached
+                watch.step(reached, steps)
+
+        assert self._context is not None
+        loras: dict[Path, float] = self._loras.chosen(job.loras)
+        told: dict[str, Any] = arguments(
+            job, self._log.version, self._tile, distilled=self._distilled
+        )
+        pixels = self._context.render(progress, loras, **told, init_image=init, mask_image=mask)
+        self._loras.note(self._log.taken, loras)
+        return pixels
+
+    def _refusal(self, job: JobSpec) -> FarmError | None:
+        """What is wrong with a job, or what of it this engine or this model cannot do."""
+        try:  # anew: what native code would not survive must not reach it by any way
+            JobSpec(**job.__dict__)
+        except ValidationError as error:
+            rows = row_errors(0, error)
+            prompt = any(row.code == InvalidPrompt.code for row in rows)
+            return (InvalidPrompt if prompt else InvalidParameter)(describe(rows))
+        return (
+            text_refusal(job)
+            or self._sampler_refusal(job)
+            or self._model_refusal(job)
+            or self._loras.refusal(job.loras)
+        )
+
+    def _sampler_refusal(self, job: JobSpec) -> FarmError | None:
+        known = {name: sampler for name, sampler in SAMPLERS.items() if sampler.sdcpp}
+        can = [name for name, sampler in known.items() if self._log.flow or not sampler.flow]
+        if job.scheduler and job.scheduler not in can:
+            kind = "this model" if job.scheduler in known else "engine sdcpp"
+            return InvalidParameter(f"scheduler {job.scheduler}: {kind} can do {', '.join(can)}")
+        return None
+
+    def _model_refusal(self, job: JobSpec) -> FarmError | None:
+        """What these files do not have, and sizes."""
+        if job.init_image and not self._encoder:
+            return InvalidParameter(
+                f"{job.kind} needs a VAE encoder, and this model's files have none; "
+                "options.vae may name a VAE that has one"
+            )
+        if job.clip_skip and not (self._clip and clip_skip_of(job, self._log.version)):
+            return InvalidParameter("clip_skip: this model has no CLIP layers that can be skipped")
+        width, height = (_up(side, self._multiple) for side in (job.width, job.height))
+        if (width, height) != (job.width, job.height):
+            return InvalidParameter(
+                f"size {job.width}x{job.height}: this model takes multiples of {self._multiple}, "
+                f"the next is {width}x{height}"
+            )
+        return None
 
 
 class _NoWatch:

@@ -24,13 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from farm.errors import InvalidConfig
+from farm.weight_files import WTYPES, sha256_of
 from workers.engine import EngineConfig
-from workers.engines.model_files import sha256_of
 
-WTYPES = (
-    "default", "f32", "f16", "bf16", "q8_0", "q5_0", "q5_1", "q4_0", "q4_1",
-    "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
-)  # fmt: skip
 RNGS = {"cuda": "cuda", "std_default": "default"}  # ours -> the library's
 PARTS = ("diffusion_model", "vae", "taesd", "clip_l", "clip_g", "t5xxl", "llm")
 CHOICES: dict[str, tuple[object, ...]] = {
@@ -39,6 +35,8 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "flash_attn": (False, True),
 }
 KNOWN = (*PARTS, *CHOICES, "vae_tiling")
+OWN_TILES = "0x0"
+"""Tiles of the library's own choice."""
 LEAST_TILE, MOST_TILE = 16, 512
 """Sides of a VAE tile, in latent pixels (one is 8 or 16 of the picture)."""
 
@@ -58,8 +56,8 @@ class SdcppOptions:
     tile: str | None
     settings: dict[str, str]
 
-    def library(self) -> dict[str, Any]:
-        """Arguments of stable_diffusion_cpp.StableDiffusion."""
+    def library(self, *, encoder: bool) -> dict[str, Any]:
+        """Arguments of stable_diffusion_cpp.StableDiffusion. `encoder`: the VAE has one."""
         return {
             **{f"{part}_path": str(file) for part, file in self.files.items()},
             "n_threads": self.threads,
@@ -67,7 +65,7 @@ class SdcppOptions:
             "rng_type": RNGS[self.rng],
             "sampler_rng_type": RNGS[self.rng],
             "flash_attn": self.flash_attn,
-            "vae_decode_only": True,
+            "vae_decode_only": not encoder,
             "lora_apply_mode": "at_runtime",
             "verbose": True,  # else it redirects the process' output, and hides its last words
         }
@@ -136,7 +134,7 @@ def _tile(config: EngineConfig, value: object) -> str | None:
     if value is False:
         return None
     if value is True:
-        return "0x0"  # the library's own choice
+        return OWN_TILES
     found = re.fullmatch(r"(\d{1,4})x(\d{1,4})", value) if isinstance(value, str) else None
     if not found or not all(LEAST_TILE <= int(side) <= MOST_TILE for side in found.groups()):
         raise _wrong(
