@@ -1,17 +1,26 @@
-"""Two kinds of workers side by side: diffusers with the demo model, sdcpp with a tiny one."""
+"""Two kinds of workers pull one rope under `farm up`: diffusers and stable-diffusion.cpp."""
 
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from PIL import Image
 
+from farm.config import load_settings
+from farm.demo import SHAPES_DIR
 from farm.engines import missing_packages
+from farm.service import Farm
+from farm.store.reads import Job
+from farm.store.sessions import Worker
 from tests import sdcpp_models
 from tests.farm_kit import FarmKit, engine_child, until
+from tests.up_kit import Up
 
 if missing_packages("sdcpp"):
     pytest.skip("stable-diffusion.cpp is not installed", allow_module_level=True)
@@ -26,59 +35,127 @@ PROMPTS = {
     "Arabic": "دائرة حمراء على خلفية بيضاء",
     "emoji": '👩‍🚀 a 🔴 on ⬜️, 🏳️‍🌈 (1:1) "quoted" \\ <b>',
 }
-KLEIN = """
+MODELS = """
 [models.klein]
 licence = "none"
 defaults = {{ width = 64, height = 64, steps = 2, guidance_scale = 1.0 }}
 [models.klein.engines.sdcpp]
-path = "{path}"
-threads = 1
+path = "{klein}"
+
+[models.duo]
+licence = "none"
+defaults = {{ width = 64, height = 64, steps = 6, guidance_scale = 1.0 }}
+[models.duo.engines.diffusers]
+path = "{shapes}"
+dtype = "float32"
+[models.duo.engines.sdcpp]
+path = "{klein}"
 """
+PICTURES = 240
+WITHIN = 2.5
+"""How far the split may be from the speeds, as a factor: a bundle is a quarter of a second here,
+and the machine has other things to do."""
 
 
-@pytest.fixture
-def kit(tmp_path: Path, redis_url: str) -> Iterator[FarmKit]:
-    models = KLEIN.format(path=sdcpp_models.klein())
-    with FarmKit(tmp_path / "home", redis_url, models=models) as kit:
+def models() -> str:
+    """The models.toml."""
+    return MODELS.format(klein=sdcpp_models.klein(), shapes=SHAPES_DIR)
+
+
+class Mixed(NamedTuple):
+    """A farm that is up, and a client of it."""
+
+    up: Up
+    farm: Farm
+
+    def workers(self) -> dict[str, Worker]:
+        """By engine."""
+        return {worker.engine: worker for worker in self.farm.workers()}
+
+    def done(self, batch_id: str) -> list[Job]:
+        """The jobs of a batch, all succeeded: each on the engine that its picture names too."""
+        status = self.farm.wait(batch_id, 240)
+        assert status.counts["succeeded"] == status.total, self.up.text()
+        pictures = list(self.farm.pictures(batch_id))
+        assert len(pictures) == status.total
+        digests = {engine: w.info["weights_sha256"][:10] for engine, w in self.workers().items()}
+        for job in pictures:
+            assert job.engine
+            text = Image.open(io.BytesIO(self.farm.fetch(job))).info["parameters"]
+            assert text.startswith(job.spec["prompt"] + "\n")
+            assert f"Engine: {job.engine}," in text
+            assert f"Model hash: {digests[job.engine]}," in text
+        return pictures
+
+
+@contextmanager
+def mixed(home: Path, *lanes: str) -> Iterator[Mixed]:
+    """`farm up` with a worker for each lane, on one thread each."""
+    home.mkdir()
+    (home / "models.toml").write_text(models())
+    args = [word for lane in lanes for word in ("--model", lane)]
+    with ExitStack() as stack:
+        up = Up(home, *args, "--threads", "1", session_ttl_s=4, bundle_seconds=0.25)
+        stack.callback(up.end)
+        up.until_ready(120)
+        settings = load_settings(home=home, models_file=home / "models.toml")
+        yield Mixed(up, stack.enter_context(Farm(settings)))
+
+
+def test_each_job_ends_on_its_engine_and_every_prompt_comes_back(tmp_path: Path) -> None:
+    with mixed(tmp_path / "home", "shapes", "klein") as both:
+        workers = both.workers()
+        assert {w.model: engine for engine, w in workers.items()} == ENGINES
+        assert {w.info["versions"]["threads"] for w in workers.values()} == {"1"}
+        rows = [
+            {"prompt": prompt, "model": model, "seed": seed}
+            for prompt in PROMPTS.values()
+            for model in ENGINES
+            for seed in (1, 2)
+        ]
+        pictures = both.done(both.farm.submit(rows, name="mixed").id)
+        assert len(pictures) == len(rows)
+        for job in pictures:
+            assert job.engine == ENGINES[job.spec["model"]]
+            assert job.spec["prompt"] == rows[job.idx]["prompt"]
+        assert len({job.sha256 for job in pictures}) == len(rows)
+
+
+def test_two_lanes_share_one_backlog_by_their_speed(tmp_path: Path) -> None:
+    with mixed(tmp_path / "home", "duo:diffusers", "duo:sdcpp") as both:
+        assert set(both.workers()) == {"diffusers", "sdcpp"}
+        asked = [{"prompt": f"a cat, {n}", "engine": ("sdcpp", "diffusers")[n % 2]}
+                 for n in range(24)]  # fmt: skip
+        first = both.farm.submit(asked, model="duo")
+        for job in both.done(first.id):  # and their speed is known now
+            assert job.engine == asked[job.idx]["engine"]
+
+        batch = both.farm.submit([f"a dog, {n}" for n in range(PICTURES)], model="duo")
+        counts = Counter(job.engine for job in both.done(batch.id))
+        heard = PICTURES + len(asked)  # with the next heartbeat
+        until(lambda: sum(w.rendered for w in both.workers().values()) == heard, 20)
+        speeds = {e: w.seconds_per_picture or 0.0 for e, w in both.workers().items()}
+        print(f"pictures {dict(counts)}, seconds a picture {speeds}")
+        assert counts["diffusers"] > 0
+        assert counts["sdcpp"] > 0
+        split = counts["diffusers"] / counts["sdcpp"]
+        expected = speeds["sdcpp"] / speeds["diffusers"]
+        assert expected / WITHIN < split < expected * WITHIN, (counts, speeds)
+
+
+def test_a_cancelled_render_of_native_code_gives_way_to_the_next(
+    tmp_path: Path, redis_url: str
+) -> None:
+    with FarmKit(tmp_path / "home", redis_url, models=models()) as kit:
         kit.dispatcher()
-        yield kit
-
-
-def test_each_job_ends_on_its_engine_and_every_prompt_comes_back(kit: FarmKit) -> None:
-    for model, engine in ENGINES.items():
-        kit.worker(model, engine)
-    rows = [
-        {"prompt": prompt, "model": model, "seed": seed}
-        for prompt in PROMPTS.values()
-        for model in ENGINES
-        for seed in (1, 2)
-    ]
-    batch = kit.farm.submit(rows, name="mixed")
-    status = kit.farm.wait(batch.id, 120)
-    assert status.counts["succeeded"] == len(rows), kit.log("worker-klein")
-    digests = {w.model: w.info["weights_sha256"][:10] for w in kit.farm.workers()}
-    pictures = list(kit.farm.pictures(batch.id))
-    assert len(pictures) == len(rows)
-    for job in pictures:
-        model, prompt = job.spec["model"], job.spec["prompt"]
-        assert job.engine == ENGINES[model]
-        assert prompt == rows[job.idx]["prompt"]
-        text = Image.open(io.BytesIO(kit.farm.fetch(job))).info["parameters"]
-        assert text.startswith(prompt + "\n")
-        assert f"Model hash: {digests[model]}" in text
-    assert len({job.sha256 for job in pictures}) == len(rows)
-    kit.assert_whole(batch.id)
-
-
-def test_a_cancelled_render_of_native_code_gives_way_to_the_next(kit: FarmKit) -> None:
-    worker = kit.worker("klein", "sdcpp")
-    before = engine_child(worker).pid
-    endless = kit.farm.submit([{"prompt": "a cat", "model": "klein", "steps": 500, "width": 512,
-                                "height": 512}])  # fmt: skip
-    until(lambda: kit.farm.status(endless.id).counts["running"] == 1, 30)
-    kit.farm.cancel(endless.id)
-    after = kit.farm.submit([{"prompt": "a dog", "model": "klein"}])
-    assert kit.farm.wait(endless.id, 30).counts["cancelled"] == 1
-    assert kit.farm.wait(after.id, 30).counts["succeeded"] == 1
-    assert engine_child(worker).pid != before
-    assert kit.farm.status(after.id).counts["failed"] == 0
+        worker = kit.worker("klein", "sdcpp")
+        before = engine_child(worker).pid
+        endless = kit.farm.submit([{"prompt": "a cat", "model": "klein", "steps": 500, "width": 512,
+                                    "height": 512}])  # fmt: skip
+        until(lambda: kit.farm.status(endless.id).counts["running"] == 1, 30)
+        kit.farm.cancel(endless.id)
+        after = kit.farm.submit([{"prompt": "a dog", "model": "klein"}])
+        assert kit.farm.wait(endless.id, 30).counts["cancelled"] == 1
+        assert kit.farm.wait(after.id, 30).counts["succeeded"] == 1
+        assert engine_child(worker).pid != before
+        assert kit.farm.status(after.id).counts["failed"] == 0

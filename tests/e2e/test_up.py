@@ -16,13 +16,14 @@ import pytest
 
 from farm import local_broker
 from farm.catalog import Lane
+from farm.children import WorkerFlags
 from farm.config import Settings, load_settings
 from farm.embedded import EmbeddedFarm, lock_home
 from farm.errors import EnvironmentFault, ModelNotLoaded
 from farm.service import Farm
 from tests.servers import poll
+from tests.up_kit import START_S, Up
 
-START_S = 60.0
 MODELS = """
 [models.fake-one]
 licence = "none"
@@ -44,48 +45,6 @@ path = "no-such-directory"
 FAKE = Lane("fake-one", "fake")
 
 
-class Up:
-    """`farm up` as a person runs it, in a session of its own."""
-
-    def __init__(self, home: Path, *args: str) -> None:
-        self.home = home
-        self.log = home.parent / "up.log"
-        env = {k: v for k, v in os.environ.items() if not k.startswith("FARM_")}
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "farm", "--home", str(home), "up", *args],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                env=env | {"FARM_MODELS_FILE": str(home / "models.toml")},
-            )  # fmt: skip
-
-    def text(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def until_ready(self) -> Up:
-        poll(lambda: "ready; " in self.text() or self.over(), "farm up", START_S)
-        assert not self.over(), self.text()
-        return self
-
-    def over(self) -> bool:
-        return self.process.poll() is not None
-
-    def children(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def child(self, words: str) -> psutil.Process:
-        """The child of `farm up` itself that was started with these words."""
-        for child in psutil.Process(self.process.pid).children():
-            with suppress(psutil.NoSuchProcess):
-                if words in " ".join(child.cmdline()):
-                    return child
-        raise LookupError(words)
-
-    def has(self, words: str, old: int) -> bool:
-        with suppress(LookupError, psutil.NoSuchProcess):
-            return self.child(words).pid != old
-        return False
-
-
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in [name for name in os.environ if name.startswith("FARM_")]:
@@ -102,13 +61,7 @@ def started() -> Iterator[list[Up]]:
     ups: list[Up] = []
     yield ups
     for up in ups:
-        if not up.over():
-            left = up.children()
-            up.process.kill()
-            for child in left:
-                with suppress(psutil.NoSuchProcess):
-                    child.kill()
-        up.process.wait(10)
+        up.end()
 
 
 def gone(processes: list[psutil.Process]) -> bool:
@@ -231,8 +184,9 @@ def settings_of(home: Path) -> Settings:
 
 
 def test_a_farm_in_a_with_block(home: Path) -> None:
-    with EmbeddedFarm(settings_of(home), [FAKE, FAKE]) as up, Farm(settings_of(home)) as farm:
-        assert len(farm.workers()) == 2
+    settings, flags = settings_of(home), WorkerFlags(micro_batch=3)
+    with EmbeddedFarm(settings, [FAKE, FAKE], flags=flags) as up, Farm(settings) as farm:
+        assert [worker.info["micro_batch"] for worker in farm.workers()] == [3, 3]
         assert len(up.pids()) == 4
         batch = farm.submit(["a", "b"], model="fake-one")
         assert farm.wait(batch.id, 60).counts["succeeded"] == 2
