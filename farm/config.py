@@ -68,6 +68,10 @@ class Settings(BaseSettings):
         (), description="private hosts (host or host:port) that the hub may redirect downloads to"
     )
 
+    blocklist: Path | None = Field(
+        None, description="a text file of terms that no prompt may hold, one a line"
+    )
+
     s3_endpoint_url: str | None = Field(None, description="S3 server; default: Amazon's")
     s3_region: str | None = Field(None, description="S3 region")
     s3_access_key: SecretStr | None = Field(None, description="default: boto3's own chain")
@@ -89,6 +93,9 @@ class Settings(BaseSettings):
     load_timeout_s: float = Field(900.0, gt=0, description="longest a model may take to load")
     step_timeout_s: float = Field(300.0, gt=0, description="longest silence of a rendering engine")
     shutdown_grace_s: float = Field(30.0, ge=0, description="time to finish pictures at shutdown")
+    http_max_body: int = Field(
+        2**30, gt=0, description="bytes of the largest prompt file that the HTTP API takes"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @classmethod

@@ -213,8 +213,9 @@ def _workers(farm: Farm) -> list[Check]:
     text = f"{len(live)} live: {', '.join(names)}" if live else "none is live"
     mend = "" if live else "start one: farm up, or farm worker --model M --engine E"
     found.append(Check("workers", "ok" if live else "warn", text, mend))
-    for model, n in sorted(waiting.items()):
-        text = f"{n:,} jobs wait and no worker serves it"
-        mend = f"start one: farm worker --model {model} --engine E"
+    for lane, n in sorted(waiting.items()):
+        model, _, engine = lane.partition(":")
+        text = f"{n:,} jobs wait and no worker serves it{f' on {engine}' if engine else ''}"
+        mend = f"start one: farm worker --model {model} --engine {engine or 'E'}"
         found.append(Check(f"model {model}", "warn", text, mend))
     return found

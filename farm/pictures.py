@@ -48,7 +48,11 @@ def object_key(ref: JobRef, claim_no: int, form: str) -> str:
 
 
 def parameters(spec: JobSpec, origin: Origin) -> str:
-    """The job as A1111 `parameters` text."""
+    """The job as A1111 `parameters` text: prompt, negative prompt, a line of `key: value` pairs.
+
+    Its keys mean what modules/infotext_utils.py of AUTOMATIC1111/stable-diffusion-webui has them
+    mean; LoRAs stand in a key of their own, so that the prompt stays as it was given.
+    """
     settings = {
         "Steps": spec.steps,
         "Sampler": spec.scheduler or "model default",
@@ -57,11 +61,26 @@ def parameters(spec: JobSpec, origin: Origin) -> str:
         "Size": f"{spec.width}x{spec.height}",
         "Model hash": origin.weights_sha256[:10],
         "Model": spec.model,
+        **_beyond_text(spec, origin),
         "Engine": origin.engine,
         "Version": "renderfarm",
     }
     negative = f"\nNegative prompt: {spec.negative_prompt}" if spec.negative_prompt else ""
     return f"{spec.prompt}{negative}\n" + ", ".join(f"{k}: {v}" for k, v in settings.items())
+
+
+def _beyond_text(spec: JobSpec, origin: Origin) -> dict[str, str]:
+    """What a job has beside its texts and sizes; nothing where it has nothing."""
+    found = {}
+    if spec.strength is not None:
+        found["Denoising strength"] = f"{spec.strength:g}"
+    if spec.clip_skip:
+        found["Clip skip"] = str(spec.clip_skip + 1)  # there 1 means that nothing is left out
+    if spec.loras:
+        tags = " ".join(f"<lora:{name}:{weight:g}>" for name, weight in spec.loras)
+        hashes = ", ".join(f"{name}: {origin.loras[name][:10]}" for name, _ in spec.loras)
+        found |= {"Loras": f'"{tags}"', "Lora hashes": f'"{hashes}"'}
+    return found
 
 
 def encode(pixels: bytes, spec: JobSpec, origin: Origin) -> bytes:

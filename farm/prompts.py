@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 
 from farm.abilities import narrowed
 from farm.catalog import Catalog
+from farm.checks import Link, chain, check_texts
 from farm.errors import (
     InvalidParameter,
     InvalidPrompt,
@@ -169,12 +171,13 @@ class Defaults:
     """What rows inherit: the submit's own options over the model's defaults.
 
     `take` makes an input picture's key in the blob store of what a row says of it; it raises
-    InvalidParameter, which says what is wrong with it.
+    InvalidParameter, which says what is wrong with it. `checks`: the chain for the texts.
     """
 
     given: Mapping[str, Any]
     n: int = 1
     take: Callable[[str], str] = _no_pictures
+    checks: Sequence[Link] = chain()
 
 
 def make_specs(
@@ -204,31 +207,40 @@ def _row_specs(
         known = ", ".join(sorted(catalog.models))
         yield RowError(line, "model", repr(model)[:60], f"one of {known}", UnknownModel.code)
         return
-    entry = catalog.models[model]
-    fields = {**entry.defaults.model_dump(), **fields}
-    if wrong := _take_pictures(line, fields, defaults.take):
-        yield from wrong
-        return
-    seed = fields.pop("seed", None)
-    if seed is None:
-        seed = secrets.randbits(32)
-    try:
-        spec = JobSpec(seed=seed, **fields)
-    except ValidationError as error:
-        yield from row_errors(line, error)
-        return
-    refused = entry.refusals(spec.model_dump())
-    if seed + n - 1 > MAX_SEED:
-        refused["seed"] = EXPECTED["seed"] + f", also for the last of {n} pictures"
-    chosen = refused or narrowed(spec, entry, catalog)
+    chosen = _checked_spec(line, fields, n, defaults, catalog)
     if not isinstance(chosen, JobSpec):
-        values = spec.model_dump()
-        for name, expected in chosen.items():
-            yield RowError(line, name, repr(values[name]), expected)
+        yield from chosen
         return
     yield chosen
     for i in range(1, n):
-        yield chosen.model_copy(update={"seed": seed + i})
+        yield chosen.model_copy(update={"seed": chosen.seed + i})
+
+
+def _checked_spec(
+    line: int, row: dict[str, Any], n: int, defaults: Defaults, catalog: Catalog
+) -> JobSpec | list[RowError]:
+    """The first of a row's `n` jobs, or all that is wrong with the row."""
+    entry = catalog.models[row["model"]]
+    fields = {**entry.defaults.model_dump(), **row}
+    wrong = check_texts(line, fields, defaults.checks)
+    wrong += _take_pictures(line, fields, defaults.take)
+    if fields.get("seed") is None:
+        fields["seed"] = secrets.randbits(32)
+    try:
+        spec = JobSpec(**fields)
+    except ValidationError as error:
+        told = {item.field for item in wrong}
+        return wrong + [item for item in row_errors(line, error) if item.field not in told]
+    if wrong:
+        return wrong
+    refused = entry.refusals(spec.model_dump())
+    if spec.seed + n - 1 > MAX_SEED:
+        refused["seed"] = EXPECTED["seed"] + f", also for the last of {n} pictures"
+    chosen = refused or narrowed(spec, entry, catalog)
+    if isinstance(chosen, JobSpec):
+        return chosen
+    values = spec.model_dump()
+    return [RowError(line, name, repr(values[name]), told) for name, told in chosen.items()]
 
 
 def _take_pictures(line: int, fields: dict[str, Any], take: Callable[[str], str]) -> list[RowError]:
@@ -236,11 +248,11 @@ def _take_pictures(line: int, fields: dict[str, Any], take: Callable[[str], str]
     wrong = []
     for name in ("init_image", "mask_image"):
         given = fields.get(name)
-        if isinstance(given, str):
+        if isinstance(given, str | os.PathLike):
             try:
-                fields[name] = take(given)
+                fields[name] = take(os.fsdecode(given))
             except InvalidParameter as error:
-                got = f"{given[:60]!r}: {error.message}"
+                got = f"{os.fsdecode(given)[:60]!r}: {error.message}"
                 wrong.append(RowError(line, name, got, EXPECTED[name]))
     if fields.get("init_image") and fields.get("strength") is None:
         fields["strength"] = DEFAULT_STRENGTH

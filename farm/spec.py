@@ -32,10 +32,14 @@ MAX_LORAS = 8
 DEFAULT_STRENGTH = 0.8  # as the image-to-image pipelines of diffusers have it
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 INPUT_PATTERN = r"^inputs/[0-9a-f]{64}\.(png|jpg|webp)$"
+INPUT_FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_INPUT_PIXELS = 64_000_000
 
 
-def _clean_text(text: str) -> str:
-    """Refuse characters that no model reads and that SQL, logs or terminals choke on."""
+def refuse_controls(text: str) -> str:
+    """Raises ValueError for characters that no model reads and that SQL or terminals choke on."""
+    if text.isprintable():  # the usual case, fast
+        return text
     for char in text:
         if unicodedata.category(char) in ("Cc", "Cs") and char not in "\n\t":
             raise ValueError(f"control character U+{ord(char):04X}")
@@ -64,7 +68,7 @@ def _lora_weights(given: Any) -> Any:
     return found
 
 
-Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARS), AfterValidator(_clean_text)]
+Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARS), AfterValidator(refuse_controls)]
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Input = Annotated[str, Field(pattern=INPUT_PATTERN)]
 LoraWeight = tuple[Name, Annotated[float, Field(ge=-4, le=4, allow_inf_nan=False)]]
@@ -145,6 +149,7 @@ class JobSpec(BaseModel):
 FIELDS = tuple(JobSpec.model_fields)
 # What may differ within a micro-batch; of the pictures, only whether there is one counts.
 PER_JOB = ("prompt", "negative_prompt", "seed", "format", "engine", "init_image", "mask_image")
+_PICTURE = "a PNG, JPEG or WebP file, blob:KEY of one in the blob store, or job:BATCH/INDEX"
 EXPECTED: dict[str, str] = {
     "model": "the name of a model in the catalogue",
     "engine": "one of diffusers, sdcpp, or nothing for any",
@@ -157,8 +162,8 @@ EXPECTED: dict[str, str] = {
     "seed": f"a whole number from 0 to {MAX_SEED}",
     "scheduler": f"one of {', '.join(SAMPLERS)}, or its diffusers class name",
     "format": "one of png, webp, jpeg",
-    "init_image": "a picture's file, or blob:KEY of one in the blob store",
-    "mask_image": "a picture's file, or blob:KEY of one in the blob store; white is painted anew",
+    "init_image": _PICTURE,
+    "mask_image": f"{_PICTURE}; white is painted anew",
     "strength": "a number from 0 to 1, with an init_image",
     "loras": f"up to {MAX_LORAS} names in the catalogue with weights from -4 to 4",
     "clip_skip": "a whole number from 1 to 11",

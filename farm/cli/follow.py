@@ -184,15 +184,20 @@ def summary(status: BatchStatus) -> str:
 
 def tell_unserved(farm: Farm, models: Sequence[str] | None = None) -> None:
     """Say which models have queued jobs and no worker (of these models only, if given)."""
-    for model, n in sorted(farm.unserved().items()):
+    for lane, n in sorted(farm.unserved().items()):
+        model, _, engine = lane.partition(":")
         if models is None or model in models:
-            advice = f"start one with `{_start(farm, model)}`"
-            hint(f"no worker serves {model} now, {plural(n, 'job')} waiting: {advice}")
+            what = f"{model} on {engine}" if engine else model
+            advice = f"start one with `{_start(farm, model, engine)}`"
+            hint(f"no worker serves {what} now, {plural(n, 'job')} waiting: {advice}")
 
 
-def _start(farm: Farm, model: str) -> str:
-    """The command that brings a worker for a model: beside a farm that is up, or with a new one."""
+def _start(farm: Farm, model: str, engine: str) -> str:
+    """The command that brings a worker for a lane: beside a farm that is up, or with a new one."""
     if farm.settings.broker_url or farm.settings.broker_socket.exists():
         entry = farm.catalog.models.get(model)
-        return f"farm worker --model {model} --engine {next(iter(entry.engines)) if entry else 'E'}"
+        engine = engine or (next(iter(entry.engines)) if entry else "E")
+        return f"farm worker --model {model} --engine {engine}"
+    if engine:
+        return f"farm up --model {model}:{engine}"
     return "farm up" if model == "shapes" else f"farm up --model {model}"

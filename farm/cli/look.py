@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -135,6 +136,14 @@ def _batch_hints(farm: Farm, batch: BatchStatus, failures: dict[str, int]) -> No
         hint(f"try the failed ones again: farm retry {batch.id} [--code CODE]")
 
 
+def _asked(spec: dict[str, Any]) -> Iterator[tuple[str, str | int | float | None]]:
+    """What the job asks for, as a person reads it."""
+    for name, value in spec.items():
+        if name == "loras":
+            value = ", ".join(f"{lora}:{weight:g}" for lora, weight in value)
+        yield "engine asked" if name == "engine" else name.replace("_", " "), value
+
+
 def _show_job(farm: Farm, job: Job, as_json: bool) -> None:
     history = farm.history(job.ref)
     if as_json:
@@ -145,7 +154,7 @@ def _show_job(farm: Farm, job: Job, as_json: bool) -> None:
             ("job", job.id),
             ("state", job.state),
             ("progress", f"{job.progress:.0%}" if job.state == "running" else None),
-            *((name.replace("_", " "), value) for name, value in job.spec.items()),
+            *_asked(job.spec),
             ("engine", job.engine),
             ("claims", job.claim_no or None),
             ("failures", job.failures or None),

@@ -72,6 +72,33 @@ def submit(
     scheduler: Annotated[
         str | None, _job("--scheduler", help="Such as euler_a, or its diffusers class name.")
     ] = None,
+    engine: Annotated[
+        str | None,
+        _job("--engine", help="Only this one: diffusers or sdcpp; default: any that can."),
+    ] = None,
+    init_image: Annotated[
+        str | None,
+        _job(
+            "--init-image",
+            metavar="PICTURE",
+            help="Begin with it: a file, blob:KEY, or job:BATCH/INDEX.",
+        ),
+    ] = None,
+    mask_image: Annotated[
+        str | None,
+        _job("--mask-image", metavar="PICTURE", help="Paint anew only where this is white."),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        _job("--strength", help="How far from the init image, 0 to 1; default 0.8."),
+    ] = None,
+    loras: Annotated[
+        list[str] | None,
+        _job("--lora", metavar="NAME[:WEIGHT]", help="Of the catalogue; can be repeated."),
+    ] = None,
+    clip_skip: Annotated[
+        int | None, _job("--clip-skip", help="Layers of the CLIP text encoder to leave out.")
+    ] = None,
     output_format: Annotated[
         Output | None, _job("--output-format", help="Of the pictures; default png.")
     ] = None,
@@ -100,6 +127,12 @@ def submit(
         "guidance_scale": guidance_scale,
         "seed": seed,
         "scheduler": scheduler,
+        "engine": engine,
+        "init_image": init_image,
+        "mask_image": mask_image,
+        "strength": strength,
+        "loras": ", ".join(loras) if loras else None,
+        "clip_skip": clip_skip,
         "format": str(output_format) if output_format else None,
     }
     about: dict[str, Any] = {"n": n, "name": name, "owner": owner, "priority": priority}
@@ -183,6 +216,9 @@ def register(app: typer.Typer) -> None:
             'farm submit "a red circle on a blue background"',
             'farm submit "a green star on a black background" -n 16 --seed 7 --out pictures',
             "farm submit --file prompts.jsonl --name nightly --priority 5 --wait",
+            'farm submit "the cat in snow" --init-image cat.png --strength 0.5',
+            'farm submit "a red hat" --init-image job:latest/0 --mask-image head.png',
+            'farm submit "a castle" --model sd15 --lora pixelart:0.8 --clip-skip 1 --engine sdcpp',
             "cat prompts.txt | farm submit --file - --format txt --json",
         ),
     )(submit)

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 HEIGHT = {
     "states": 0, "errors": 0, "demo": 0,
     "samplers": 1, "weight_files": 1, "spec": 2, "config": 1, "units": 1,
-    "catalog": 3, "abilities": 4, "templates": 4, "prompt_files": 4, "pinning": 4, "prompts": 5, "models": 5,
+    "catalog": 3, "checks": 3,
+    "abilities": 4, "templates": 4, "prompt_files": 4, "pinning": 4, "prompts": 5, "models": 5,
     "blobs": 3, "broker": 4, "store": 4, "children": 4, "engines": 4, "local_broker": 4,
     "pictures": 5, "inputs": 5, "results": 6, "verdict": 5,
     "dispatch": 6, "reconcile": 6, "dispatcher": 7,

@@ -10,13 +10,10 @@ import io
 import warnings
 from collections.abc import Mapping
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from farm.errors import InvalidParameter
-from farm.spec import JobSpec
-
-FORMATS = ("PNG", "JPEG", "WEBP")
-MOST_PIXELS = 64_000_000
+from farm.spec import INPUT_FORMATS, MAX_INPUT_PIXELS, JobSpec
 
 
 def init_picture(job: JobSpec, inputs: Mapping[str, bytes]) -> Image.Image | None:
@@ -46,18 +43,28 @@ def _fitted(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = Image.open(io.BytesIO(inputs[key]), formats=FORMATS)
-            if opened.width * opened.height > MOST_PIXELS:
+            opened = Image.open(io.BytesIO(inputs[key]), formats=INPUT_FORMATS)
+            if opened.width * opened.height > MAX_INPUT_PIXELS:
                 raise InvalidParameter(f"{field}: {opened.width}x{opened.height} is too large")
             upright = ImageOps.exif_transpose(opened)
+            upright = _eight_bit(upright)
             whole = _on_white(upright) if mode == "RGB" else upright.convert(mode)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Warning) as error:
+    except InvalidParameter:
+        raise
+    except Exception as error:  # whatever a decoder says of bytes that strangers made
         raise InvalidParameter(f"{field}: {key} is no picture that can be read: {error}") from None
     size = (job.width, job.height)
     if whole.size == size:
         return whole
     filter = Image.Resampling.LANCZOS if mode == "RGB" else Image.Resampling.BILINEAR
     return ImageOps.fit(whole, size, filter)
+
+
+def _eight_bit(picture: Image.Image) -> Image.Image:
+    """Grey of 16 bits scaled down; Pillow's own conversion clips it to white."""
+    if not picture.mode.startswith("I"):
+        return picture
+    return picture.convert("I").point(lambda value: value / 256).convert("L")
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
