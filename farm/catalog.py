@@ -36,22 +36,19 @@ from farm.demo import SHAPES_DIR
 from farm.errors import InvalidConfig, UnknownModel
 from farm.samplers import canonical_scheduler
 from farm.spec import NAME_PATTERN
+from farm.weight_files import PICKLES
 
 EngineName = Literal["diffusers", "sdcpp", "fake"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Family = Literal[
     "sd1", "sdxl", "sd-turbo", "sd3", "flux", "flux2-klein", "qwen-image", "z-image", "other"
 ]
-PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle")
-"""Endings of pickled weights: loading them may run any code that stands in them."""
 NOTE = ".fetched.json"
 """Beside fetched files: {"source": what Weights.source said, "files": the names, ...}."""
 _REPO = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?$"
 _COMPONENT = r"^[a-z][a-z0-9_]{0,62}$"
-
-
 LORA = "lora"
-"""In the place of an engine: the directory of a LoRA's file."""
+"""In the place of an engine: Lane(NAME, LORA) stands for the file of the LoRA of that name."""
 
 
 class Lane(NamedTuple):
@@ -190,6 +187,9 @@ class ModelEntry(_Entry):
         return bad
 
 
+_OF_LORA = {"path", "repo", "revision", "url", "sha256", "files"}
+
+
 class LoraEntry(_Entry):
     """A LoRA: one file of low-rank changes (https://arxiv.org/abs/2106.09685) to some models."""
 
@@ -200,6 +200,18 @@ class LoraEntry(_Entry):
     attribution: str = ""
     models: Annotated[tuple[str, ...], Field(min_length=1)]  # those that it fits
     weights: Weights
+
+    @model_validator(mode="after")
+    def _one_file(self) -> LoraEntry:
+        told = self.weights.model_dump(exclude_defaults=True)
+        if not {"path", "repo", "url"} & set(told):
+            raise ValueError("weights: give path, repo or url")
+        if extra := sorted(set(told) - _OF_LORA):
+            raise ValueError(f"weights: a LoRA has no {', '.join(extra)}")
+        name = self.weights.file_name
+        if name and not name.lower().endswith(".safetensors"):
+            raise ValueError(f"weights: a LoRA is one .safetensors file, not {name}")
+        return self
 
 
 DEMO = ModelEntry(
@@ -229,6 +241,10 @@ class Catalog:
             raise UnknownModel(f"no model {name[:80]!r} in the catalogue, there are: {known}{hint}")
         return self.models[name]
 
+    def entry(self, name: str) -> ModelEntry | LoraEntry:
+        """The model or LoRA of that name. Raises UnknownModel."""
+        return self.loras.get(name) or self.get(name)
+
     def lanes(self) -> list[Lane]:
         return [Lane(name, engine) for name, m in self.models.items() for engine in m.engines]
 
@@ -238,6 +254,8 @@ class Catalog:
 
     def weights(self, lane: Lane) -> Weights:
         """Raises UnknownModel when the model has no weights for the lane's engine."""
+        if lane.engine == LORA and lane.model in self.loras:
+            return self.loras[lane.model].weights
         engines = self.get(lane.model).engines
         found = {str(name): weights for name, weights in engines.items()}
         if lane.engine not in found:
@@ -262,7 +280,10 @@ def load_catalog(path: Path | None = None, models_dir: Path | None = None) -> Ca
     models = {"shapes": DEMO}
     if path is None:
         return Catalog(models)
-    told = _parsed(path)
+    try:
+        told = parsed(path.read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidConfig(f"{path}: {error}") from error
 
     def found(lane: Lane, weights: Weights) -> Weights:
         place = (path.parent / weights.path).resolve() if weights.path else None
@@ -280,10 +301,11 @@ def load_catalog(path: Path | None = None, models_dir: Path | None = None) -> Ca
     return Catalog(models, loras)
 
 
-def _parsed(path: Path) -> _File:
+def parsed(text: str, path: Path) -> _File:
+    """The entries in the text of the models.toml at `path`. Raises InvalidConfig."""
     try:
-        return _File.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        told = _File.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
         raise InvalidConfig(f"{path}: {error}") from error
     except ValidationError as error:
         lines = [
@@ -291,6 +313,15 @@ def _parsed(path: Path) -> _File:
             for item in error.errors(include_url=False, include_context=False)
         ]
         raise InvalidConfig(f"{path}: " + "; ".join(lines)) from None
+    models = {*told.models, "shapes"}
+    for name, lora in told.loras.items():
+        if name in models:
+            raise InvalidConfig(f"{path}: loras.{name}: a model has this name already")
+        if unknown := sorted(set(lora.models) - models):
+            raise InvalidConfig(
+                f"{path}: loras.{name}.models: no model {', '.join(unknown)} in the catalogue"
+            )
+    return told
 
 
 def located(weights: Weights, path: Path) -> Weights:

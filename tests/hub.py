@@ -74,7 +74,9 @@ class Hub(ThreadingHTTPServer):
     def about(self) -> dict[str, Any]:
         rows = [self._row(name, data) for name, data in self.files.items()]
         rows += [{"rfilename": name, "size": 1} for name in self.mischief.names]
-        return {"sha": COMMIT, "siblings": rows, "cardData": {"license": "openrail++"}}
+        config = {"diffusers": {"_class_name": "StableDiffusionXLPipeline"}}
+        card = {"license": "openrail++"}
+        return {"sha": COMMIT, "siblings": rows, "cardData": card, "config": config}
 
     def _row(self, name: str, data: bytes) -> dict[str, Any]:
         oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

@@ -1,26 +1,18 @@
-"""The catalogue: `farm models`, list, show, fetch, verify, add."""
+"""The catalogue: `farm models`, list, show, verify; beside it fetch, add, convert."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from farm.cli.context import Json, examples, settings
-from farm.cli.output import (
-    hint,
-    note,
-    plural,
-    print_fields,
-    print_json,
-    print_table,
-)
+from farm.cli.model_entries import register as register_entries
+from farm.cli.output import hint, note, plural, print_json, print_table
 from farm.cli.weights import catalog_of, lanes_of
 from farm.cli.weights import register as register_weights
 
 if TYPE_CHECKING:
-    from farm.catalog import ModelEntry
-    from farm.config import Settings
     from farm.models.verify import Fault
 
 models = typer.Typer(rich_markup_mode="rich")
@@ -30,83 +22,26 @@ models = typer.Typer(rich_markup_mode="rich")
 def _models(ctx: typer.Context, as_json: Json = False) -> None:
     """Show the models that jobs may name, and bring their weights to this machine."""
     if ctx.invoked_subcommand is None:
-        _list_models(as_json)
+        list_models(as_json)
 
 
 @models.command("list", epilog=examples("farm models list", "farm models list --json"))
 def list_models(as_json: Json = False) -> None:
     """List the model catalogue, and whose weights are on this machine."""
-    _list_models(as_json)
+    from farm.cli.model_view import show_all
 
-
-def _list_models(as_json: bool) -> None:
-    conf = settings()
-    catalog = catalog_of(conf)
-    found = sorted(catalog.models.items())
-    states = {name: _states(conf, name, entry) for name, entry in found}
-    if as_json:
-        print_json(
-            [
-                {"name": name, **entry.model_dump(mode="json"), "weights": states[name]}
-                for name, entry in found
-            ]
-        )
-        return
-    rows = [
-        (
-            name,
-            ", ".join(f"{engine} ({told['state']})" for engine, told in states[name].items()),
-            f"{entry.defaults.width}x{entry.defaults.height}",
-            entry.defaults.steps,
-            entry.licence,
-            entry.description,
-        )
-        for name, entry in found
-    ]
-    print_table(("model", "engines", "size", "steps", "licence", "description"), rows)
-
-
-def _states(conf: Settings, name: str, entry: ModelEntry) -> dict[str, dict[str, str | None]]:
-    """Engine -> whether its weights are here (fetched, local, missing, not fetched), and where."""
-    from farm.catalog import Lane, local_path
-
-    told: dict[str, dict[str, str | None]] = {}
-    for engine, weights in entry.engines.items():
-        path = weights.path or local_path(conf.models_path, Lane(name, engine), weights)
-        if weights.path:
-            state = "local" if weights.path.exists() else "missing"
-        else:
-            state = "fetched" if path else "not fetched"
-        told[engine] = {"state": state, "path": str(path) if path else None}
-    return told
+    show_all(settings(), as_json)
 
 
 @models.command("show", epilog=examples("farm models show shapes"))
 def show_model(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The model's name.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A model's or a LoRA's name.")],
     as_json: Json = False,
 ) -> None:
-    """Show one model: licence, defaults, limits, and where each engine finds its weights."""
-    conf = settings()
-    entry = catalog_of(conf).get(name)
-    whole = {"name": name, **entry.model_dump(mode="json", exclude_none=True)}
-    whole["weights"] = _states(conf, name, entry)
-    if as_json:
-        print_json(whole)
-        return
-    print_fields(_flat(whole))
+    """Show a model or a LoRA: licence, defaults, limits, need of memory, and its weights."""
+    from farm.cli.model_view import show
 
-
-def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested mappings as dotted names."""
-    if not isinstance(value, dict):
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-        return [(prefix, shown)]
-    return [
-        pair
-        for key, item in value.items()
-        for pair in _flat(item, f"{prefix}.{key}" if prefix else key)
-    ]
+    show(settings(), name, as_json)
 
 
 @models.command("verify", epilog=examples("farm models verify", "farm models verify sdxl-base"))
@@ -123,7 +58,7 @@ def verify(
 
     conf = settings()
     catalog = catalog_of(conf)
-    lanes = lanes_of(catalog, names or sorted(catalog.models))
+    lanes = lanes_of(catalog, names or sorted({**catalog.models, **catalog.loras}))
     found = []
     with transfer_bar() as bar:
         for lane in lanes:
@@ -154,6 +89,7 @@ def _tell_faults(faults: list[Fault], files: int) -> None:
 def register(app: typer.Typer) -> None:
     """Put the commands on the app."""
     register_weights(models)
+    register_entries(models)
     app.add_typer(
         models,
         name="models",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from farm.cli.output import console, live
+from farm.cli.weights import lane_title
 from farm.models.fetch import Progress
 
 if TYPE_CHECKING:
@@ -21,8 +22,7 @@ class Bar(Progress):
         self._progress, self._task = progress, None
 
     def start(self, lane: Lane, total: int | None, have: int) -> None:
-        title = f"{lane.model} ({lane.engine})"
-        self._task = self._progress.add_task(title, total=total, completed=have)
+        self._task = self._progress.add_task(lane_title(lane), total=total, completed=have)
 
     def advance(self, n: int) -> None:
         if self._task is not None:

@@ -1,4 +1,4 @@
-"""`farm models fetch` and `add`: weights onto this machine, entries into models.toml."""
+"""`farm models fetch`: weights onto this machine."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from farm.cli.context import Json, examples, settings
-from farm.cli.output import clean, hint, note, plural, print_json, print_line
-from farm.errors import HubUnavailable, Invalid
+from farm.cli.output import clean, note, plural, print_json, print_line
+from farm.errors import Invalid
 
 if TYPE_CHECKING:
-    from farm.catalog import Catalog, Lane, ModelEntry
+    from farm.catalog import Catalog, Lane, LoraEntry, ModelEntry
     from farm.config import Settings
-    from farm.models.add import NewModel
-    from farm.models.lock import Locked
 
-Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Models of the catalogue.")]
+Names = Annotated[
+    list[str], typer.Argument(metavar="NAME...", help="Models and LoRAs of the catalogue.")
+]
 Engine = Annotated[
     str | None, typer.Option("--engine", "-e", help="Only the weights for this engine.")
 ]
@@ -34,16 +34,26 @@ def catalog_of(conf: Settings) -> Catalog:
 
 
 def lanes_of(catalog: Catalog, names: list[str], engine: str | None = None) -> list[Lane]:
-    """The lanes of the named models. Raises UnknownModel."""
-    from farm.catalog import Lane
+    """The lanes of the named models, and Lane(NAME, LORA) for LoRAs. Raises UnknownModel."""
+    from farm.catalog import LORA, Lane
 
     lanes = []
     for name in dict.fromkeys(names):
+        if name in catalog.loras:
+            lanes.append(Lane(name, LORA))
+            continue
         engines = [engine] if engine else list(catalog.get(name).engines)
         lanes += [Lane(name, each) for each in engines]
     for lane in lanes:
         catalog.weights(lane)
     return lanes
+
+
+def lane_title(lane: Lane) -> str:
+    """`NAME (ENGINE)`; for a LoRA `NAME (LoRA)`."""
+    from farm.catalog import LORA
+
+    return f"{lane.model} ({'LoRA' if lane.engine == LORA else lane.engine})"
 
 
 def parse_rate(text: str | None) -> float | None:
@@ -84,7 +94,7 @@ def fetch(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Bring models' weights to this machine, checked by SHA-256; goes on where it stopped.
+    """Bring weights to this machine, checked by SHA-256; goes on where it stopped.
 
     They land in FARM_MODELS_DIR, whole or not at all, and models.lock beside
     models.toml records them. HF_TOKEN opens gated models.
@@ -95,11 +105,11 @@ def fetch(
     conf = settings()
     catalog = catalog_of(conf)
     lanes = lanes_of(catalog, names, engine)
-    order = Order(source, parse_rate(limit_rate), retries, update, _token())
+    order = Order(source, parse_rate(limit_rate), retries, update, hub_token())
     done = []
     lock_file = lock_of(conf)
     for name in dict.fromkeys(lane.model for lane in lanes):
-        _agree(name, catalog.get(name), lock_file, accept_licence)
+        _agree(name, catalog.entry(name), lock_file, accept_licence)
     for lane in lanes:
         with transfer_bar() as bar:
             found = Fetcher(conf, order, bar).fetch(lane, catalog.weights(lane))
@@ -107,19 +117,20 @@ def fetch(
         if not as_json:
             print_line(clean(found.path))
         told = f"{plural(found.files, 'file')}, {found.size / 1e6:,.1f} MB"
-        note(f"{lane.model} for {lane.engine}: {found.state}, {told}")
+        note(f"{lane_title(lane)}: {found.state}, {told}")
     if as_json:
         print_json({"fetched": done})
 
 
-def _token() -> str:
+def hub_token() -> str:
+    """HF_TOKEN, or nothing. Raises Invalid for one that cannot be sent."""
     token = os.environ.get("HF_TOKEN", "").strip()
     if not (token.isascii() and token.isprintable()):
         raise Invalid("HF_TOKEN holds characters that no token has")
     return token
 
 
-def _agree(name: str, entry: ModelEntry, lock_file: Path, accept: bool) -> None:
+def _agree(name: str, entry: ModelEntry | LoraEntry, lock_file: Path, accept: bool) -> None:
     """Show the licence; have its terms accepted once, unless it asks for nothing before use."""
     from farm.models.lock import put_accepted, read_lock
 
@@ -140,83 +151,13 @@ def _agree(name: str, entry: ModelEntry, lock_file: Path, accept: bool) -> None:
     put_accepted(lock_file, name, entry.licence)
 
 
-def add(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name in the catalogue.")],
-    engine: Annotated[str, typer.Option("--engine", "-e", help="Such as diffusers or sdcpp.")],
-    repo: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="A repository of the model hub.")
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="A branch, tag or commit of it; default: main's commit now.")
-    ] = None,
-    path: Annotated[Path | None, typer.Option(help="A directory or file of this machine.")] = None,
-    url: Annotated[str | None, typer.Option(help="One file at an http or https URL.")] = None,
-    sha256: Annotated[str | None, typer.Option(help="SHA-256 of the url's file.")] = None,
-    files: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Only such files of the repository, as *-q8_0.gguf."),
-    ] = None,
-    variant: Annotated[str | None, typer.Option(help="Weights of a variant, such as fp16.")] = None,
-    licence: Annotated[
-        str, typer.Option(help="Its licence's id; default: what the hub tells.")
-    ] = "",
-    as_json: Json = False,
-) -> None:
-    """Add a model to models.toml, and to models.lock what its files are.
-
-    Sizes, steps and other defaults are yours to write into models.toml.
-    """
-    from farm.models.add import NewModel
-    from farm.models.add import add as added
-
-    if [repo, path, url].count(None) != 2:
-        raise Invalid("give one of --repo, --path and --url")
-    said = {
-        "repo": repo,
-        "revision": revision,
-        "path": str(path.expanduser().absolute()) if path else None,
-        "url": url,
-        "sha256": sha256.lower() if sha256 else None,
-        "files": files,
-        "variant": variant,
-    }
-    new = NewModel(name, engine, {key: value for key, value in said.items() if value}, licence)
-    new.checked()
-    conf = settings()
-    if name in catalog_of(conf).models:
-        raise Invalid(f"there is a model {name} already; change it in {conf.catalog_path}")
-    new, locked = _ask_hub(conf, new) if repo else (new, None)
-    place = added(conf, new, locked)
-    note(f"added {name} to {place}")
-    if not path:
-        hint(f"next: farm models fetch {name}")
-    if as_json:
-        print_json({"name": name, "file": str(place), "weights": new.weights})
-
-
-def _ask_hub(conf: Settings, new: NewModel) -> tuple[NewModel, Locked | None]:
-    """The entry pinned and its files; as it is, with a word, where the hub does not answer."""
-    from farm.models.add import asked_of_hub
-
-    try:
-        return asked_of_hub(conf, new, _token(), retries=1)
-    except HubUnavailable as error:
-        note(f"{clean(error.message)}; added unpinned, a fetch finds out the rest")
-        return new, None
-
-
 def register(models: typer.Typer) -> None:
     """Put the commands on the group."""
     models.command(
         epilog=examples(
             "farm models fetch sdxl-base",
             "farm models fetch sdxl-base --limit-rate 5M --accept-licence",
+            "farm models fetch pixel-art",
             "farm models fetch sdxl-base --from /mnt/usb/models",
         )
     )(fetch)
-    models.command(
-        epilog=examples(
-            "farm models add sd-turbo --repo stabilityai/sd-turbo -e diffusers --variant fp16",
-            "farm models add mine --path /models/mine --engine diffusers --licence mit",
-        )
-    )(add)

@@ -1,59 +1,86 @@
-"""A new entry for models.toml: appended, so that nothing that stands there is touched."""
+"""A new model or LoRA for models.toml, and what its files are for models.lock."""
 
 from __future__ import annotations
 
 import json
 import re
-import tomllib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from farm.catalog import Lane, ModelEntry, Weights, load_catalog
+from farm.catalog import LORA, Lane, LoraEntry, ModelEntry, Weights
 from farm.config import Settings
-from farm.errors import Invalid, InvalidConfig
+from farm.errors import Invalid
+from farm.models.entry import append_entry
+from farm.models.families import family_defaults, family_of
 from farm.models.fetch import lock_local
 from farm.models.guard import Hosts
 from farm.models.listing import from_hub, wanted
-from farm.models.lock import Locked, LockedFile, alone, lock_path, put_files, write_whole
+from farm.models.lock import Locked, LockedFile, lock_path, put_files
 from farm.models.part import Flow
 from farm.models.transfer import Client
 from farm.spec import NAME_PATTERN
 
 
 @dataclass(frozen=True)
-class NewModel:
-    """What a person says of a model; `weights` as in models.toml."""
+class NewEntry:
+    """What a person says of a model, or of a LoRA where `engine` is LORA.
+
+    `weights` and `about` (licence, family, ...; for a LoRA also models) as in models.toml.
+    """
 
     name: str
     engine: str
     weights: dict[str, Any]
-    licence: str = ""
+    about: dict[str, Any] = field(default_factory=dict)
 
     @property
     def lane(self) -> Lane:
         return Lane(self.name, self.engine)
 
+    @property
+    def table(self) -> dict[str, Any]:
+        """The entry as in models.toml."""
+        about = {**self.about, "licence": self.about.get("licence") or "unknown"}
+        if self.engine == LORA:
+            return {**about, "weights": self.weights}
+        return {**about, "engines": {self.engine: self.weights}}
+
     def checked(self) -> Weights:
-        """Raises Invalid with the field that is wrong."""
+        """Its weights. Raises Invalid with the field that is wrong."""
         if not re.fullmatch(NAME_PATTERN, self.name):
             raise Invalid(f"name: {ascii(self.name)[:80]} is not made of a-z, 0-9, - and _")
         try:
-            engines = {self.engine: Weights.model_validate(self.weights)}
-            entry = ModelEntry.model_validate({"licence": self.licence, "engines": engines})
+            if self.engine == LORA:
+                return LoraEntry.model_validate(self.table).weights
+            return next(iter(ModelEntry.model_validate(self.table).engines.values()))
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise Invalid(f"{where or 'weights'}: {first['msg']}".replace("\n", " ")) from None
-        return next(iter(entry.engines.values()))
+            raise Invalid(f"{where or 'entry'}: {first['msg']}".replace("\n", " ")) from None
+
+    def with_defaults(self, pipeline: str = "") -> NewEntry:
+        """With the family that the pipeline's class tells, and the family's size and steps.
+
+        What was said stays as it is; a LoRA has neither.
+        """
+        if self.engine == LORA:
+            return self
+        names = (self.name, str(self.weights.get("repo", "")), self.checked().file_name)
+        family = self.about.get("family") or family_of(pipeline, *names)
+        defaults = family_defaults(family, *names) if family else None
+        if defaults is None:
+            return self
+        told = {"family": family, "defaults": defaults.model_dump(exclude_none=True)}
+        return replace(self, about={**told, **self.about})
 
 
 def asked_of_hub(
-    settings: Settings, new: NewModel, token: str, retries: int
-) -> tuple[NewModel, Locked]:
-    """The entry pinned to the commit that the hub names, with its licence, and its files.
+    settings: Settings, new: NewEntry, token: str, retries: int
+) -> tuple[NewEntry, Locked]:
+    """The entry pinned to the commit that the hub names, with its licence and family; its files.
 
     Raises HubUnavailable when the hub does not answer or has no such repository.
     """
@@ -63,65 +90,36 @@ def asked_of_hub(
     listing = from_hub(client, hub, str(weights.repo), weights.revision)
     listing = wanted(listing, weights, new.engine)
     pinned = {**new.weights, "revision": weights.revision or listing.revision}
-    new = replace(new, weights=pinned, licence=new.licence or listing.licence)
+    about = {**new.about, "licence": new.about.get("licence") or listing.licence}
+    new = replace(new, weights=pinned, about=about).with_defaults(listing.pipeline)
     files = {f.name: LockedFile(size=f.size, sha256=f.sha256) for f in listing.files}
     locked = Locked(source=new.checked().source, revision=listing.revision, files=files)
     return new, locked
 
 
-def add(settings: Settings, new: NewModel, locked: Locked | None = None) -> Path:
-    """Append the entry, and lock its files where they are known; the models.toml.
+def add(settings: Settings, new: NewEntry, locked: Locked | None = None) -> tuple[Path, NewEntry]:
+    """Append the entry, and lock its files where they are known; the models.toml and the entry.
 
     Raises Invalid when the name is taken, InvalidConfig when the file would not be read again.
     """
-    path = settings.catalog_path or settings.home / "models.toml"
     weights = new.checked()
+    new = new.with_defaults(_pipeline_in(weights.path))
     if locked is None and weights.path:
         locked = lock_local(weights, new.engine)[1]
     elif locked is None and weights.url:
         file = LockedFile(sha256=weights.sha256)
         locked = Locked(source=weights.source, files={weights.file_name: file})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with alone(path.parent):
-        text = _read(path)
-        if new.name in load_catalog(path if path.exists() else None).models:
-            raise Invalid(f"there is a model {new.name} already; change it in {path}")
-        text += ("" if not text or text.endswith("\n") else "\n") + ("\n" if text else "")
-        text += entry_text(new)
-        _try(path, text)
-        write_whole(path, text)
+    path = append_entry(settings, "loras" if new.engine == LORA else "models", new.name, new.table)
     if locked is not None:
         put_files(lock_path(path), new.lane, locked)
-    return path
+    return path, new
 
 
-def entry_text(new: NewModel) -> str:
-    """The entry as TOML."""
-    lines = [f"[models.{new.name}]", f"licence = {_value(new.licence or 'unknown')}"]
-    lines += [f"[models.{new.name}.engines.{new.engine}]"]
-    lines += [f"{key} = {_value(value)}" for key, value in new.weights.items() if value]
-    return "\n".join(lines) + "\n"
-
-
-def _value(value: Any) -> str:
-    """A text, a list of texts or a truth value: TOML writes them as JSON does."""
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
-
-
-def _read(path: Path) -> str:
+def _pipeline_in(path: Path | None) -> str:
+    """The class that a directory's model_index.json names, if any."""
     try:
-        return path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
+        index = json.loads((path / "model_index.json").read_bytes()) if path else None
+    except (OSError, ValueError):
         return ""
-    except UnicodeDecodeError as error:
-        raise InvalidConfig(f"{path}: {error}") from None
-
-
-def _try(path: Path, text: str) -> None:
-    try:
-        text.encode("utf-8")
-        tomllib.loads(text)
-    except (UnicodeEncodeError, tomllib.TOMLDecodeError) as error:
-        raise InvalidConfig(
-            f"{path}: a table [models.NAME] cannot be appended to it ({error}); add it by hand"
-        ) from None
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    return name if isinstance(name, str) else ""

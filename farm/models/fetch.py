@@ -23,10 +23,10 @@ from farm.models.place import (
     complete,
     parts_of,
     read_note,
-    sha256_of,
     staging_for,
 )
 from farm.models.transfer import Client
+from farm.weight_files import sha256_of
 
 PARALLEL = 4
 _BLOCK = 256 * 2**10

@@ -11,11 +11,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
-from farm.catalog import PICKLES, Weights
+from farm.catalog import LORA, Weights
 from farm.errors import InvalidConfig, UntrustedModel
 from farm.models.guard import shown
 from farm.models.lock import Locked, safe_name
 from farm.models.transfer import Client
+from farm.weight_files import PICKLES
 
 MOST_FILES, MOST_BYTES = 20_000, 2**50
 _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")  # SHA-1 or SHA-256
@@ -44,9 +45,12 @@ class Remote:
 
 @dataclass(frozen=True)
 class Listing:
+    """`pipeline`: the class that the model's index names, where the hub tells it."""
+
     revision: str | None
     files: tuple[Remote, ...]
     licence: str = ""
+    pipeline: str = ""
 
 
 def from_hub(client: Client, hub: str, repo: str, revision: str | None) -> Listing:
@@ -65,7 +69,8 @@ def from_hub(client: Client, hub: str, repo: str, revision: str | None) -> Listi
         raise UntrustedModel(f"{shown(url)}: asked for {asked}, got {commit}")
     base = f"{hub.rstrip('/')}/{repo}/resolve/{commit}"
     files = [_hub_file(row, base) for row in rows[: MOST_FILES + 1]]
-    return Listing(commit, checked(files), _licence(told))
+    pipeline = _word(told, "config", "diffusers", "_class_name")
+    return Listing(commit, checked(files), _word(told, "cardData", "license"), pipeline)
 
 
 def _hub_file(row: Any, base: str) -> Remote:
@@ -83,10 +88,11 @@ def _hub_file(row: Any, base: str) -> Remote:
     return Remote(name, f"{base}/{quote(name)}", size, digest, oid)
 
 
-def _licence(told: dict[str, Any]) -> str:
-    card = told.get("cardData")
-    licence = card.get("license") if isinstance(card, dict) else None
-    return licence if isinstance(licence, str) and re.fullmatch(r"[\w.+-]{1,64}", licence) else ""
+def _word(told: Any, *keys: str) -> str:
+    """The short name that stands there in what the hub tells; empty for anything else."""
+    for key in keys:
+        told = told.get(key) if isinstance(told, dict) else None
+    return told if isinstance(told, str) and re.fullmatch(r"[\w.+-]{1,64}", told) else ""
 
 
 def from_directory(root: Path) -> Listing:
@@ -125,9 +131,11 @@ def wanted(listing: Listing, weights: Weights, engine: str) -> Listing:
     files = [f for f in listing.files if not any(p.startswith(".") for p in f.name.split("/"))]
     if weights.files:
         files = [f for f in files if any(fnmatchcase(f.name, p) for p in weights.files)]
-    elif engine == "diffusers":
+    if engine == LORA:
+        return replace(listing, files=(_of_lora(files),))
+    if engine == "diffusers" and not weights.files:
         files = list(_of_pipeline(files, weights.variant))
-    elif sum(f.name.endswith(".gguf") for f in files) > 1:
+    elif not weights.files and sum(f.name.endswith(".gguf") for f in files) > 1:
         names = ", ".join(f.name for f in files if f.name.endswith(".gguf"))
         raise InvalidConfig(
             f"several weights are there; say with files = [...] which: {names[:500]}"
@@ -143,6 +151,19 @@ def wanted(listing: Listing, weights: Weights, engine: str) -> Listing:
     if not files:
         raise InvalidConfig("none of its files is wanted; see files and variant of its entry")
     return replace(listing, files=tuple(files))
+
+
+def _of_lora(files: list[Remote]) -> Remote:
+    """The one file of a LoRA: jobs add it by the LoRA's name, so there is one of them."""
+    found = [f for f in files if f.name.lower().endswith(".safetensors")]
+    if len(found) == 1:
+        return found[0]
+    if not found and any(_is_pickle(f) for f in files):
+        raise UntrustedModel("pickled weights may run code: a LoRA is one .safetensors file")
+    names = ", ".join(f.name for f in found) or "none"
+    raise InvalidConfig(
+        f"a LoRA is one .safetensors file, there are: {names[:500]}; say with files = [...] which"
+    )
 
 
 def _of_pipeline(files: list[Remote], variant: str | None) -> Iterator[Remote]:

@@ -41,11 +41,6 @@ def complete(place: Path, found: Locked) -> bool:
         return False
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def staging_for(place: Path, source: dict[str, Any], revision: str | None) -> Path:
     """Where the parts of this source at this revision lie."""
     text = json.dumps([source, revision], sort_keys=True)
@@ -106,13 +101,13 @@ def _sync(directory: Path) -> None:
 
 @contextmanager
 def alone_at(place: Path) -> Iterator[None]:
-    """Only one process fetches a lane. Raises EnvironmentFault when another does."""
+    """Only one process writes a lane's files. Raises EnvironmentFault when another does."""
     descriptor = os.open(place.with_name(f".{place.name}.busy"), os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise EnvironmentFault(f"another process fetches {place} now") from None
+            raise EnvironmentFault(f"another process writes {place} now") from None
         yield
     finally:
         os.close(descriptor)

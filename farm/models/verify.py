@@ -13,7 +13,7 @@ from farm.config import Settings
 from farm.errors import InvalidConfig, UntrustedModel
 from farm.models.listing import from_directory, wanted
 from farm.models.lock import Lock, Locked, LockedFile, lock_path, read_lock
-from farm.models.place import sha256_of
+from farm.weight_files import sha256_of
 
 What = Literal["changed", "missing", "extra", "not fetched", "not locked"]
 

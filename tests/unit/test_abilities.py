@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,11 @@ CATALOG = Catalog(
         ),
         "flux": ModelEntry(licence="mit", family="flux", engines={"diffusers": Weights()}),
     },
-    {"pixel": LoraEntry(licence="mit", models=("both",), weights=Weights())},
+    {
+        "pixel": LoraEntry(
+            licence="mit", models=("both",), weights=Weights(path=Path("pixel.safetensors"))
+        )
+    },
 )
 
 

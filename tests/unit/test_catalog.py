@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from farm.catalog import NOTE, Lane, Weights, load_catalog
+from farm.catalog import LORA, NOTE, Lane, Weights, load_catalog
 from farm.errors import InvalidConfig, UnknownModel
 
 GOOD = """
@@ -107,6 +107,65 @@ def test_fetched_weights_come_as_a_path(tmp_path: Path) -> None:
     (tmp_path / "models.toml").write_text(text)  # other weights than those that were fetched
     catalog = load_catalog(tmp_path / "models.toml", tmp_path / "weights")
     assert catalog.weights(Lane("turbo", "diffusers")).path is None
+
+
+LORA_ENTRY = """
+[loras.pixel-art]
+licence = "mit"
+terms = "name its maker"
+models = ["sdxl-base", "shapes"]
+weights = { path = "pixel-art.safetensors" }
+"""
+
+
+def test_a_lora_stands_beside_the_models(tmp_path: Path) -> None:
+    (tmp_path / "models.toml").write_text(GOOD + LORA_ENTRY)
+    catalog = load_catalog(tmp_path / "models.toml")
+    assert (
+        list(catalog.loras_for("shapes")) == list(catalog.loras_for("sdxl-base")) == ["pixel-art"]
+    )
+    assert catalog.entry("pixel-art").terms == "name its maker"
+    assert catalog.entry("sdxl-base") is catalog.get("sdxl-base")
+    assert catalog.weights(Lane("pixel-art", LORA)).path == tmp_path / "pixel-art.safetensors"
+    assert Lane("pixel-art", LORA) not in catalog.lanes()
+    with pytest.raises(UnknownModel):
+        catalog.get("pixel-art")
+
+
+def test_a_fetched_lora_comes_as_its_one_file(tmp_path: Path) -> None:
+    text = LORA_ENTRY.replace('path = "pixel-art.safetensors"', 'repo = "me/pixel"')
+    (tmp_path / "models.toml").write_text(GOOD + text)
+    place = tmp_path / "weights" / "pixel-art" / LORA
+    place.mkdir(parents=True)
+    source = {"repo": "me/pixel"}
+    (place / NOTE).write_text(json.dumps({"source": source, "files": ["pixel.safetensors"]}))
+    catalog = load_catalog(tmp_path / "models.toml", tmp_path / "weights")
+    assert catalog.weights(Lane("pixel-art", LORA)).path == place / "pixel.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("loras.pixel-art", "loras.sdxl-base", r"loras.sdxl-base: a model has this name"),
+        ("loras.pixel-art", "loras.shapes", r"loras.shapes: a model has this name"),
+        ('"shapes"]', '"shapse"]', r"loras.pixel-art.models: no model shapse"),
+        ('["sdxl-base", "shapes"]', "[]", r"loras.pixel-art.models"),
+        ('"pixel-art.safetensors"', '"pixel.ckpt"', r"pixel-art.weights: .*pickled"),
+        ('"pixel-art.safetensors"', '"pixel.pt", allow_pickle = true', r"has no allow_pickle"),
+        ('"pixel-art.safetensors"', '"pixel"', r"one .safetensors file, not pixel"),
+        ('"pixel-art.safetensors"', '"p.safetensors", dtype = "float16"', r"has no dtype"),
+        ('path = "pixel-art.safetensors"', "", r"loras.pixel-art: .*give path, repo or url"),
+        ('licence = "mit"', "", r"loras.pixel-art.licence"),
+        ("loras.pixel-art", "loras.'../x'", r"pattern"),
+    ],
+)
+def test_a_wrong_lora_is_refused_with_its_place(
+    tmp_path: Path, old: str, new: str, named: str
+) -> None:
+    assert old in LORA_ENTRY
+    (tmp_path / "models.toml").write_text(GOOD + LORA_ENTRY.replace(old, new))
+    with pytest.raises(InvalidConfig, match=rf"models\.toml: .*{named}"):
+        load_catalog(tmp_path / "models.toml")
 
 
 @pytest.mark.parametrize("note", ["", "[]", "{}", '{"source": 1, "files": []}', "\xff"])

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+import tomllib
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
-from farm.catalog import Lane, Weights
+from farm.catalog import LORA, Family, Lane, Weights
 from farm.cli.weights import parse_rate
 from farm.errors import EnvironmentFault, FarmError, Invalid, InvalidConfig, UntrustedModel
 from farm.models import place
+from farm.models.entry import entry_text
+from farm.models.families import family_defaults, family_of
 from farm.models.guard import Hosts, is_public, origin, shown
 from farm.models.listing import Listing, Remote, checked, wanted
 from farm.models.lock import Locked, LockedFile, put_accepted, put_files, read_lock, safe_name
@@ -87,6 +91,61 @@ def test_of_many_quantisations_one_is_named() -> None:
     assert chosen(names, engine="sdcpp", files=["*-q8_0.gguf"]) == {"m-q8_0.gguf"}
     with pytest.raises(InvalidConfig, match=r"none of its files"):
         chosen(names, engine="sdcpp", files=["*-q2.gguf"])
+
+
+def test_of_a_lora_one_safetensors_file_comes() -> None:
+    names = ["README.md", "pixel.safetensors", "pixel.pt", "preview.png"]
+    assert chosen(names, engine=LORA) == {"pixel.safetensors"}
+    two = [*names, "pixel-v2.safetensors"]
+    with pytest.raises(InvalidConfig, match=r"pixel-v2\.safetensors, pixel\.safetensors; say with"):
+        chosen(two, engine=LORA)
+    assert chosen(two, engine=LORA, files=["*-v2*"]) == {"pixel-v2.safetensors"}
+    with pytest.raises(UntrustedModel, match="pickled"):
+        chosen(["pixel.pt"], engine=LORA, allow_pickle=True)
+    with pytest.raises(InvalidConfig, match="there are: none"):
+        chosen(["README.md"], engine=LORA)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "names", "family", "told"),
+    [
+        ("StableDiffusionPipeline", ["a/stable-diffusion-v1-5"], "sd1", (512, 50, 7.5)),
+        ("StableDiffusionPipeline", ["stabilityai/sd-turbo"], "sd-turbo", (512, 1, 0.0)),
+        ("StableDiffusionXLPipeline", ["sdxl", "me/base"], "sdxl", (1024, 50, 5.0)),
+        ("StableDiffusionXLPipeline", ["mine", "me/SDXL-Turbo"], "sdxl", (512, 1, 0.0)),
+        ("FluxPipeline", ["b/FLUX.1-schnell"], "flux", (1024, 4, 0.0)),
+        ("Flux2KleinPipeline", ["b/FLUX.2-klein-4B"], "flux2-klein", (1024, 4, 1.0)),
+        ("Flux2KleinPipeline", ["b/FLUX.2-klein-base-4B"], "flux2-klein", (1024, 50, 4.0)),
+        ("WanPipeline", ["x"], None, None),
+    ],
+)
+def test_a_pipeline_tells_family_and_defaults(
+    pipeline: str, names: list[str], family: Any, told: tuple[int, int, float] | None
+) -> None:
+    assert family_of(pipeline, *names) == family
+    found = family_defaults(family or "other", *names)
+    assert (found and (found.width, found.steps, found.guidance_scale)) == told
+    assert found is None or found.width == found.height
+
+
+def test_every_family_but_other_has_defaults() -> None:
+    families = set(get_args(Family)) - {"other"}
+    assert all(family_defaults(family) for family in families)
+
+
+def test_an_entry_s_text_reads_back_as_it_was() -> None:
+    """Whatever a description says, TOML shall not take it for its own."""
+    said = {
+        "licence": 'a "quoted"\\ one',
+        "description": "line\nline\x7f\t[models.x] # ünï 画 ''",
+        "memory_gb": 2.5,
+        "sizes": ["512x512", "64x64"],
+        "terms": "",
+        "defaults": {"width": 512, "steps": 4, "guidance_scale": 0.0},
+        "engines": {"sdcpp": {"path": "/a b", "options": {"rng": "cuda", "flash_attn": False}}},
+    }
+    read = tomllib.loads(entry_text("models", "m", said))["models"]["m"]
+    assert read == {key: value for key, value in said.items() if value != ""}
 
 
 def test_a_file_named_as_a_folder_is_refused() -> None:
