@@ -23,7 +23,7 @@ from farm.catalog import Catalog, Lane, load_catalog
 from farm.config import load_settings
 from farm.errors import DatabaseUnavailable, FarmError, InvalidConfig
 from farm.service import Farm
-from farm.units import parse_size
+from farm.units import GB, parse_size
 from workers.child import Child
 from workers.engine import EngineConfig
 from workers.runner import Runner
@@ -68,7 +68,7 @@ def _serve(args: argparse.Namespace, engine_log: Path) -> int:
     logging.getLogger("celery").setLevel(max(logging.WARNING, logging.root.level))
     lane = Lane(args.model, args.engine)
     catalog = load_catalog(settings.catalog_path, settings.models_path)
-    weights = catalog.weights(lane)
+    weights, need = catalog.weights(lane), catalog.get(lane.model).memory_gb
     config = EngineConfig(
         engine=lane.engine,
         model=lane.model,
@@ -79,6 +79,7 @@ def _serve(args: argparse.Namespace, engine_log: Path) -> int:
         threads=args.threads or weights.threads,
         loras=_lora_files(catalog, lane.model),
         memory_limit=parse_size(args.memory_limit) if args.memory_limit else None,
+        needs_memory=None if need is None else int(need * GB),
     )
     farm = Farm(settings)
     _await_schema(farm)

@@ -30,6 +30,7 @@ from workers.messages import (
     Cancel,
     Cap,
     Close,
+    Eased,
     End,
     Event,
     Failed,
@@ -42,6 +43,7 @@ from workers.messages import (
     Shipped,
     Started,
     StopAfterCurrent,
+    TooLarge,
 )
 
 LAST_WORDS = 6
@@ -53,7 +55,7 @@ class Child:
     """One engine process at a time. `render` and `start` belong to one thread at a time.
 
     `log`: the file that takes the child's output, its last lines are the evidence of a crash.
-    The micro-batch cap learnt from a lack of memory is kept for the next child. A render that
+    What a lack of memory taught (`workers.ladder`) is kept for the next child. A render that
     cannot be stopped from inside (EngineInfo.interruptible) is cancelled by replacing its process.
     """
 
@@ -81,6 +83,7 @@ class Child:
         self._stopped = 0  # the bundle that is to be given back
         self._interruptible = True
         self._ending = False  # the process was killed to end a cancelled render
+        self._eased_in_vain = False  # a new one is faster
         self._log_from = 0
 
     # ------------------------------------------------------------ life and death
@@ -91,6 +94,10 @@ class Child:
     @property
     def alive(self) -> bool:
         return self._process is not None and self._process.is_alive()
+
+    def adopt(self, *, micro_batch: int | None, eased: int) -> None:
+        """Begin with this cap and these rungs of Engine.ease from the next process on."""
+        self._config = replace(self._config, micro_batch=micro_batch, eased=eased)
 
     def start(self) -> EngineInfo:
         """A new process with the model loaded; a process still there is killed first.
@@ -120,7 +127,7 @@ class Child:
         message = self._receive(self._load_timeout_s, "while it loaded the model")
         if not isinstance(message, Ready):
             raise AssertionError(f"expected Ready, got {message}")
-        self._interruptible = message.info.interruptible
+        self._interruptible, self._eased_in_vain = message.info.interruptible, False
         return message.info
 
     def kill(self) -> None:
@@ -160,7 +167,7 @@ class Child:
         self._abandon(self._bundle)
         if not specs:
             return iter(())
-        if self._ending:  # killed when its bundle was over or given up
+        if self._ending or self._eased_in_vain:  # killed when its bundle was over or given up
             self.start()
         self._bundle += 1
         self._specs, self._open, self._left = tuple(specs), len(specs), set(range(len(specs)))
@@ -214,6 +221,11 @@ class Child:
             self._end_if_unwanted()
         elif isinstance(event, Cap):
             self._config = replace(self._config, micro_batch=event.size)
+        elif isinstance(event, Eased):
+            self._config = replace(self._config, eased=event.rungs)
+        elif isinstance(event, TooLarge):
+            self._eased_in_vain |= self._config.eased > event.eased
+            self._config = replace(self._config, too_large=event.pixels, eased=event.eased)
         elif isinstance(event, Rendered | Failed | GivenBack):
             self._left.discard(event.id)
             self._running -= {event.id}

@@ -26,6 +26,7 @@ import numpy as np
 
 from farm.errors import (
     BadImage,
+    EngineCrashed,
     EngineFault,
     FarmError,
     InvalidConfig,
@@ -38,11 +39,11 @@ from farm.errors import (
 )
 from farm.spec import JobSpec
 from workers.engine import Engine, EngineConfig, EngineInfo, Pixels, create, said
+from workers.ladder import Ladder, check_need
 from workers.messages import (
     Broken,
     Bundle,
     Cancel,
-    Cap,
     Close,
     End,
     Fault,
@@ -70,9 +71,9 @@ def main(pipe: Connection, lifeline: Connection, config: EngineConfig, log: Path
     outbox = Outbox(pipe)
     engine, info = _load(config, outbox)
     outbox.send(Ready(info))
-    cap = info.micro_batch
+    ladder = Ladder(engine, config, info.micro_batch, outbox.send)
     while bundle := inbox.bundles.get():
-        cap = BundleRun(engine, cap, config.strict, inbox, outbox, bundle).run()
+        BundleRun(engine, ladder, config.strict, inbox, outbox, bundle).run()
         outbox.send(End(bundle.number))
     engine.close()
 
@@ -94,8 +95,11 @@ def _settle_in(lifeline: Connection, log: Path | None) -> None:
 def _load(config: EngineConfig, outbox: Outbox) -> tuple[Engine, EngineInfo]:
     """The engine, loaded; a failure is sent, and ends the process."""
     try:
+        check_need(config, config.memory_limit)
         engine = create(config)
-        return engine, engine.load()
+        info = engine.load()
+        check_need(config, info.memory)
+        return engine, info
     except (ModelNotLoaded, InvalidConfig) as error:
         failure: FarmError = error
     except Exception as error:
@@ -162,21 +166,20 @@ class BundleRun:
     def __init__(
         self,
         engine: Engine,
-        cap: int,
+        ladder: Ladder,
         strict: bool,
         inbox: Inbox,
         outbox: Outbox,
         bundle: Bundle,
     ) -> None:
-        self._engine, self._cap, self._strict = engine, cap, strict
+        self._engine, self._ladder, self._strict = engine, ladder, strict
         self._inbox, self._outbox, self._bundle = inbox, outbox, bundle
         self._waiting = deque(n for n in range(len(bundle.specs)) if n not in bundle.done)
         self._alone: set[int] = set()  # one of these spoilt a micro-batch
         self._ids: tuple[int, ...] = ()  # the micro-batch under way
         self._reported = 0.0
 
-    def run(self) -> int:
-        """Returns the cap, smaller than before if the memory did not suffice."""
+    def run(self) -> None:
         while self._waiting:
             if self._inbox.stopped(self._bundle.number):
                 for job in self._waiting:
@@ -184,7 +187,6 @@ class BundleRun:
                 break
             if ids := self._next_ids():
                 self._micro_batch(ids)
-        return self._cap
 
     def step(self, done: int, total: int) -> None:
         """Watch.step of the micro-batch under way."""
@@ -200,7 +202,7 @@ class BundleRun:
     def _next_ids(self) -> tuple[int, ...]:
         """The next jobs to share a micro-batch; those cancelled meanwhile end here."""
         ids: list[int] = []
-        while self._waiting and len(ids) < self._cap:
+        while self._waiting and len(ids) < self._ladder.cap:
             job = self._waiting[0]
             if ids and (job in self._alone or ids[0] in self._alone):
                 break
@@ -212,17 +214,24 @@ class BundleRun:
         return tuple(ids)
 
     def _micro_batch(self, ids: tuple[int, ...]) -> None:
+        specs = [self._bundle.specs[job] for job in ids]
+        if refusal := self._ladder.refusal(specs[0]):
+            self._fail_all(ids, refusal)
+            return
         self._ids, self._reported = ids, 0.0
         self._outbox.send(Started(ids))
-        specs = [self._bundle.specs[job] for job in ids]
         if self._strict:
-            specs += specs[-1:] * (self._cap - len(specs))
+            specs += specs[-1:] * (self._ladder.cap - len(specs))
         begun = monotonic()
         outcome = self._attempt(specs)
         seconds = (monotonic() - begun) / len(ids)
+        if isinstance(outcome, OutOfMemory):
+            self._too_much(ids, specs, outcome)
+            return
         if isinstance(outcome, FarmError):
             self._spoilt(ids, outcome)
             return
+        self._ladder.rendered(specs[0])
         for job, result in zip(ids, outcome, strict=False):
             self._settle(job, result, seconds, len(specs))
 
@@ -246,19 +255,25 @@ class BundleRun:
             return RenderFailed(said(error))
 
     def _spoilt(self, ids: tuple[int, ...], error: FarmError) -> None:
-        """Not one picture came: try again in smaller parts, or name the error."""
-        gc.collect()
-        room = isinstance(error, OutOfMemory) and self._cap > 1 and (self._strict or len(ids) > 1)
-        if room:
-            self._cap = max(1, (self._cap if self._strict else len(ids)) // 2)
-            self._outbox.send(Cap(self._cap))
-        elif len(ids) > 1 and not isinstance(error, JobCancelled):
+        """Not one picture came: try each job alone, or name the error."""
+        if len(ids) > 1 and not isinstance(error, JobCancelled):
             self._alone.update(ids)
+            self._waiting.extendleft(reversed(ids))
         else:
-            for job in ids:
-                self._fail(job, error)
-            return
-        self._waiting.extendleft(reversed(ids))
+            self._fail_all(ids, error)
+
+    def _too_much(self, ids: tuple[int, ...], specs: Sequence[JobSpec], error: OutOfMemory) -> None:
+        """The memory did not suffice: try again with less, as long as there is a way."""
+        gc.collect()
+        try:
+            again = self._ladder.descend(specs[0], len(specs))
+        except Exception as failure:
+            traceback.print_exc()
+            self._outbox.give_up(EngineCrashed(f"no way to use less memory: {said(failure)}"))
+        if again:
+            self._waiting.extendleft(reversed(ids))
+        else:
+            self._fail_all(ids, self._ladder.last_word(specs[0], error))
 
     def _settle(self, job: int, result: Pixels | FarmError, seconds: float, batch: int) -> None:
         if job in self._cancelled():
@@ -270,6 +285,10 @@ class BundleRun:
             return
         height, width, colours = result.shape
         self._outbox.send(Shipped(job, seconds, batch, (height, width, colours)), result)
+
+    def _fail_all(self, ids: tuple[int, ...], error: FarmError) -> None:
+        for job in ids:
+            self._fail(job, error)
 
     def _fail(self, job: int, error: FarmError) -> None:
         self._outbox.send(Fault(job, error.code, error.message))

@@ -43,7 +43,8 @@ class EngineConfig:
     what was rendered beside it. `threads`: processor threads, None for the engine's own choice.
     `loras`: the files of those that jobs may name. `memory_limit`: bytes of the device's memory,
     of the process' own on a CPU. `eased`: rungs of Engine.ease to take at once, for an earlier
-    process of this lane needed them.
+    process of this lane needed them; `too_large`: pixels that did not fit alone in one.
+    `needs_memory`: bytes that the catalogue says the model needs.
     """
 
     engine: str
@@ -56,6 +57,8 @@ class EngineConfig:
     loras: Mapping[str, Path] = field(default_factory=dict)
     memory_limit: int | None = None
     eased: int = 0
+    too_large: int | None = None
+    needs_memory: int | None = None
 
     def cap(self, device: str) -> int:
         """The largest micro-batch to begin with: as configured, else 4 on CUDA and 1 elsewhere."""

@@ -31,14 +31,16 @@ class Heart:
         ttl_s: float,
         *,
         device: str,
-        info: dict[str, Any],
+        memory: int | None,
+        info: Callable[[], dict[str, Any]],
         told: Callable[[], Beat],
         on_cancel: Callable[[set[JobRef]], None],
         on_lost: Callable[[], None],
         tend: Callable[[], None] = lambda: None,
     ) -> None:
         self._db, self._lane, self._ttl = db, lane, ttl_s
-        self._device, self._info = device, info
+        self._device, self._memory, self._info = device, memory, info
+        self._known_info: dict[str, Any] = {}
         self._told, self._on_cancel, self._on_lost = told, on_cancel, on_lost
         self._tend = tend
         self._stop = threading.Event()
@@ -61,6 +63,7 @@ class Heart:
         self._thread.start()
 
     def _open(self) -> None:
+        info = self._info()
         with self._db.write() as connection:
             self.session_id = sessions.open_session(
                 connection,
@@ -69,8 +72,10 @@ class Heart:
                 host=socket.gethostname(),
                 pid=os.getpid(),
                 device=self._device,
-                info=self._info,
+                memory=self._memory,
+                info=info,
             )
+        self._known_info = info
         log.info("session %s serves %s", self.session_id, self._lane.queue)
 
     def _run(self) -> None:
@@ -95,8 +100,11 @@ class Heart:
                 log.exception("the heartbeat stumbled")
 
     def _beat(self, told: Beat) -> None:
+        info = self._info()
+        news = info if info != self._known_info else None
         with self._db.write() as connection:
-            alive = sessions.beat(connection, self.session_id, self._ttl, told)
+            alive = sessions.beat(connection, self.session_id, self._ttl, told, news)
+        self._known_info = info
         if not alive:
             log.warning("session %s was lost; what it held is given to others", self.session_id)
             self._on_lost()
@@ -108,13 +116,16 @@ class Heart:
         self._on_cancel(wanted)
 
     def stop(self) -> None:
-        """Stop beating and end the session."""
+        """Stop beating, tell what is new and end the session."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(JOIN_S)
         if self.session_id:
             try:
                 with self._db.write() as connection:
+                    sessions.beat(
+                        connection, self.session_id, self._ttl, self._told(), self._info()
+                    )
                     sessions.close(connection, self.session_id)
             except DatabaseUnavailable as error:
                 log.warning("the session ends by its expiry: %s", error.message)

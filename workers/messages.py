@@ -113,6 +113,22 @@ class Cap:
 
 
 @dataclass(frozen=True)
+class Eased:
+    """The engine makes do with less memory: what it did, and how many such rungs it has taken."""
+
+    what: str
+    rungs: int
+
+
+@dataclass(frozen=True)
+class TooLarge:
+    """A picture of so many pixels does not fit alone, after all rungs; only `eased` were of use."""
+
+    pixels: int
+    eased: int
+
+
+@dataclass(frozen=True)
 class Rendered:
     """A picture, read-only pixels.
 
@@ -141,5 +157,8 @@ class GivenBack:
     id: int
 
 
-Event = Started | Progress | Cap | Rendered | Failed | GivenBack
-Message = Ready | Broken | End | Shipped | Fault | Started | Progress | Cap | GivenBack
+Lesson = Cap | Eased | TooLarge
+"""What a lack of memory taught."""
+
+Event = Started | Progress | Lesson | Rendered | Failed | GivenBack
+Message = Ready | Broken | End | Shipped | Fault | Started | Progress | Lesson | GivenBack

@@ -10,7 +10,6 @@ import logging
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 
 from farm import dispatch
 from farm.blobs import BlobStore
@@ -28,7 +27,18 @@ from workers.claims import Claims
 from workers.engine import EngineConfig, EngineInfo
 from workers.heart import Heart
 from workers.keeper import Keeper
-from workers.messages import Cap, Event, Failed, GivenBack, Progress, Rendered, Started
+from workers.lessons import Lessons
+from workers.messages import (
+    Cap,
+    Eased,
+    Event,
+    Failed,
+    GivenBack,
+    Progress,
+    Rendered,
+    Started,
+    TooLarge,
+)
 from workers.recorder import Recorder
 
 log = logging.getLogger(__name__)
@@ -52,6 +62,7 @@ class Runner:
         self.lane = Lane(config.model, config.engine)
         self._child, self._settings, self._db = child, settings, db
         self._broker, self._blobs = broker, blobs
+        self._lessons = Lessons(db, config)
         self._claims = Claims(db, self.lane, lambda: self._heart.session_id)
         self._prefetch = ThreadPoolExecutor(1, thread_name_prefix="claims")
         self._bell = ThreadPoolExecutor(1, thread_name_prefix="bell")
@@ -66,8 +77,7 @@ class Runner:
 
     def start(self) -> EngineInfo:
         """Load the model, then open the session. Raises ModelNotLoaded and EngineFault."""
-        info = self._child.start()
-        self._micro_batch = info.micro_batch
+        info = self._lessons.load(self._child)
         origin = Origin(self.lane.engine, info.weights_sha256, info.loras)
         self._recorder = Recorder(
             self._db, self._settings, self._drop, self._claims.forget, self._claims.count
@@ -78,7 +88,8 @@ class Runner:
             self.lane,
             self._settings.session_ttl_s,
             device=info.device,
-            info=asdict(info),
+            memory=info.memory,
+            info=lambda: self._lessons.told(info),
             told=self._told,
             on_cancel=self._cancel,
             on_lost=self._abandon,
@@ -110,7 +121,7 @@ class Runner:
             return []
         most = self._settings.bundle_max
         size = dispatch.bundle_size(self._speed, self._settings.bundle_seconds, most)
-        return self._claims.next(min(max(size, self._micro_batch), most))
+        return self._claims.next(min(max(size, self._lessons.cap), most))
 
     def _claim_and_ring(self) -> list[Claim]:
         """The next bundle; the bell is rung beside it, for a broker may take its time."""
@@ -178,9 +189,8 @@ class Runner:
                 self._recorder.back(bundle[id], SHUTDOWN)
                 open_ids.discard(id)
                 started.add(id)
-            case Cap(n):
-                log.warning("out of memory: micro-batches of at most %d from now on", n)
-                self._micro_batch = n
+            case Cap() | Eased() | TooLarge():
+                self._lessons.take(event)
 
     def _engine_died(self, error: EngineFault, left: list[tuple[Claim, bool]]) -> None:
         """What had started is suspect, the rest is free; then a new child takes over."""
@@ -198,7 +208,7 @@ class Runner:
         try:
             if self._crashes > MOST_CRASHES:
                 raise EngineFault(f"the engine died {self._crashes} times in a row")
-            self._micro_batch = self._child.start().micro_batch
+            self._child.start()
         except Exception as again:
             if not self._stopping.is_set():
                 log.critical("the worker stops: %s", again)
@@ -219,7 +229,7 @@ class Runner:
     def _told(self) -> Beat:
         trouble = self._keeper.trouble if self._bundle else ""
         state = "waiting" if trouble else "rendering" if self._bundle else "idle"
-        return Beat(state, trouble, self._rendered, self._speed)
+        return Beat(state, trouble or self._lessons.note, self._rendered, self._speed)
 
     def _cancel(self, refs: set[JobRef]) -> None:
         with self._bundle_lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -177,10 +178,11 @@ def test_pixels_of_a_wrong_size_fail_the_job_and_release_it(
 def test_the_heart_beats_passes_wishes_on_and_opens_anew_when_lost(kit: Kit) -> None:
     batch = kit.batch(spec("a"), spec("b"))
     wishes: set[JobRef] = set()
+    info = {"learnt_cap": 4}
     lost = threading.Event()
     heart = Heart(
-        kit.db, LANE, 0.4, device="cpu", info={}, on_lost=lost.set, on_cancel=wishes.update,
-        told=lambda: sessions.Beat("rendering", "", 3, 0.5),
+        kit.db, LANE, 0.4, device="cpu", memory=7, info=lambda: dict(info), on_lost=lost.set,
+        on_cancel=wishes.update, told=lambda: sessions.Beat("rendering", "", 3, 0.5),
     )  # fmt: skip
     heart.start()
     first = heart.session_id
@@ -193,10 +195,17 @@ def test_the_heart_beats_passes_wishes_on_and_opens_anew_when_lost(kit: Kit) -> 
         with kit.db.read() as connection:
             return sessions.live(connection)
 
-    soon(lambda: [w.rendered for w in seen()] == [3])
+    soon(lambda: [(w.rendered, w.memory, w.info) for w in seen()] == [(3, 7, {"learnt_cap": 4})])
+    info["learnt_cap"] = 2
+    soon(lambda: [w.info for w in seen()] == [{"learnt_cap": 2}])
     with kit.db.write() as connection:
         sessions.close(connection, first)
     assert lost.wait(10)
     soon(lambda: heart.session_id != first and len(seen()) == 1)
+    info["learnt_cap"] = 1
     heart.stop()
     assert seen() == []
+    with kit.db.read() as connection:
+        last = sessions.last(connection, LANE, socket.gethostname(), "cpu")
+    assert last is not None
+    assert last.info == {"learnt_cap": 1}, "the last lesson is told with the end"

@@ -1,10 +1,16 @@
 """The engine of the tests: no model, pictures of coloured noise, and misbehaviour on request.
 
-The first word of a prompt asks for it: !fail raises, !white gives a uniform picture, !oom has no
-memory for more jobs than options["oom_above"], !crash aborts, !exit exits, !device reports a
-broken device, !hang sleeps for ever, and !grip does so in native code, with Python's lock held.
+An init image comes back, blended with the noise by the job's strength where the mask is white.
+The first word of a prompt asks for misbehaviour: !fail raises, !white gives a uniform picture,
+!oom has no memory for more jobs than options["oom_above"], !crash aborts, !exit exits, !device
+reports a broken device, !hang sleeps for ever, and !grip does so in native code, with Python's
+lock held.
 Other options: seconds_per_step, crash_in_load, hang_in_load, and uninterruptible, which makes it
 deaf to a cancel as native code is.
+
+A micro-batch needs options["bytes_per_pixel"] for each of its pixels, halved by each rung of
+`ease`, of which there are options["rungs"]; it has the memory_limit, else options["memory"] bytes.
+`ease` itself raises with options["ease_fails"], and aborts with options["ease_crashes"].
 """
 
 from __future__ import annotations
@@ -21,12 +27,15 @@ import numpy as np
 from farm.errors import EngineCrashed, FarmError, OutOfMemory
 from farm.spec import JobSpec
 from workers.engine import NO_INPUTS, EngineConfig, EngineInfo, Inputs, Pixels, Watch
+from workers.engines.input_pictures import init_picture, mask_picture
 
 
 class FakeEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._options = config.weights.options
+        self._memory: int | None = config.memory_limit or self._options.get("memory")
+        self._eased = config.eased
 
     def load(self) -> EngineInfo:
         if self._options.get("crash_in_load"):
@@ -36,24 +45,38 @@ class FakeEngine:
         weights = hashlib.sha256(self._config.model.encode()).hexdigest()
         versions = {"numpy": version("numpy")}
         interruptible = not self._options.get("uninterruptible")
-        return EngineInfo("cpu", self._config.cap("cpu"), weights, versions, interruptible)
+        cap = self._config.cap("cpu")
+        return EngineInfo("cpu", cap, weights, versions, interruptible, self._memory)
 
     def render(
         self, jobs: Sequence[JobSpec], watch: Watch, inputs: Inputs = NO_INPUTS
     ) -> Sequence[Pixels | FarmError]:
+        self._allocate(sum(job.width * job.height for job in jobs))
         for step in range(jobs[0].steps):
             time.sleep(self._options.get("seconds_per_step", 0))
             for job in jobs:
                 self._misbehave(job.prompt.split()[0], len(jobs))
             if not self._options.get("uninterruptible"):
                 watch.step(step + 1, jobs[0].steps)
-        return [_picture(job) for job in jobs]
+        return [_picture(job, inputs) for job in jobs]
 
     def ease(self) -> str | None:
-        return None
+        if self._options.get("ease_fails"):
+            raise ValueError("asked to fail while easing")
+        if self._options.get("ease_crashes"):
+            os.abort()
+        if self._eased >= self._options.get("rungs", 0):
+            return None
+        self._eased += 1
+        return f"rung {self._eased}"
 
     def close(self) -> None:
         pass
+
+    def _allocate(self, pixels: int) -> None:
+        need = pixels * self._options.get("bytes_per_pixel", 0) / 2**self._eased
+        if self._memory is not None and need > self._memory:
+            raise OutOfMemory(f"{need:g} bytes are more than {self._memory}")
 
     def _misbehave(self, word: str, micro_batch: int) -> None:
         if word == "!fail":
@@ -73,10 +96,19 @@ class FakeEngine:
             ctypes.PyDLL(None).sleep(3600)
 
 
-def _picture(job: JobSpec) -> Pixels:
+def _picture(job: JobSpec, inputs: Inputs) -> Pixels:
     shape = (job.height, job.width, 3)
     if job.prompt.startswith("!white"):
         return np.full(shape, 255, np.uint8)
     digest = hashlib.sha256(job.canonical().encode()).digest()
     noise = np.random.default_rng(int.from_bytes(digest[:8], "big"))
-    return noise.integers(0, 256, shape, np.uint8)
+    return _blended(noise.integers(0, 256, shape, np.uint8), job, inputs)
+
+
+def _blended(noise: Pixels, job: JobSpec, inputs: Inputs) -> Pixels:
+    init, mask = init_picture(job, inputs), mask_picture(job, inputs)
+    if init is None or job.strength is None:
+        return noise
+    share = job.strength * (np.asarray(mask)[:, :, None] / 255 if mask else 1)
+    blend = np.asarray(init) * (1 - share) + noise * share
+    return np.asarray(blend.round(), np.uint8)
