@@ -10,7 +10,8 @@ deaf to a cancel as native code is.
 
 A micro-batch needs options["bytes_per_pixel"] for each of its pixels, halved by each rung of
 `ease`, of which there are options["rungs"]; it has the memory_limit, else options["memory"] bytes.
-`ease` itself raises with options["ease_fails"], and aborts with options["ease_crashes"].
+`ease` takes options["seconds_per_rung"]; it raises with options["ease_fails"], and aborts with
+options["ease_crashes"].
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class FakeEngine:
             os.abort()
         if self._eased >= self._options.get("rungs", 0):
             return None
+        time.sleep(self._options.get("seconds_per_rung", 0))
         self._eased += 1
         return f"rung {self._eased}"
 
