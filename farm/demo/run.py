@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         settings = _own_settings(args.home)
-        lane = choose_lane(load_catalog(settings.catalog_path), args.model)
+        lane = choose_lane(load_catalog(settings.catalog_path, settings.models_path), args.model)
         note(f"starting a farm in {args.home}: broker, dispatcher, one worker")
         with EmbeddedFarm(settings, [lane], say=note), Farm(settings) as farm:
             return _show(farm, settings, lane.model, args.n)

@@ -90,12 +90,13 @@ class Mixed(NamedTuple):
 
 @contextmanager
 def mixed(home: Path, *lanes: str) -> Iterator[Mixed]:
-    """`farm up` with a worker for each lane, on one thread each."""
+    """`farm up` with a worker for each lane, each on one thread and in 8 GB."""
     home.mkdir()
     (home / "models.toml").write_text(models())
     args = [word for lane in lanes for word in ("--model", lane)]
     with ExitStack() as stack:
-        up = Up(home, *args, "--threads", "1", session_ttl_s=4, bundle_seconds=0.25)
+        args += ["--threads", "1", "--memory-limit", "8GB"]
+        up = Up(home, *args, session_ttl_s=4, bundle_seconds=0.25)
         stack.callback(up.end)
         up.until_ready(120)
         settings = load_settings(home=home, models_file=home / "models.toml")
@@ -107,6 +108,7 @@ def test_each_job_ends_on_its_engine_and_every_prompt_comes_back(tmp_path: Path)
         workers = both.workers()
         assert {w.model: engine for engine, w in workers.items()} == ENGINES
         assert {w.info["versions"]["threads"] for w in workers.values()} == {"1"}
+        assert workers["sdcpp"].info["memory"] == 8 * 10**9
         rows = [
             {"prompt": prompt, "model": model, "seed": seed}
             for prompt in PROMPTS.values()

@@ -184,9 +184,10 @@ def settings_of(home: Path) -> Settings:
 
 
 def test_a_farm_in_a_with_block(home: Path) -> None:
-    settings, flags = settings_of(home), WorkerFlags(micro_batch=3)
+    settings, flags = settings_of(home), WorkerFlags(micro_batch=3, memory_limit=10**9)
     with EmbeddedFarm(settings, [FAKE, FAKE], flags=flags) as up, Farm(settings) as farm:
-        assert [worker.info["micro_batch"] for worker in farm.workers()] == [3, 3]
+        infos = [worker.info for worker in farm.workers()]
+        assert [(info["micro_batch"], info["memory"]) for info in infos] == [(3, 10**9)] * 2
         assert len(up.pids()) == 4
         batch = farm.submit(["a", "b"], model="fake-one")
         assert farm.wait(batch.id, 60).counts["succeeded"] == 2

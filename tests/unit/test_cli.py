@@ -205,6 +205,7 @@ def test_version(run: Run) -> None:
         (["worker", "--model", "nope", "--engine", "fake"], 2, "ERR_UNKNOWN_MODEL"),
         (["worker", "--model", "shapes", "--engine", "sdcpp"], 2, "ERR_UNKNOWN_MODEL"),
         (["up", "--model", "nope"], 2, "ERR_UNKNOWN_MODEL"),
+        (["up", "--memory-limit", "much"], 2, "ERR_INVALID_CONFIG"),
     ],
 )
 def test_bad_input_is_one_sentence_and_a_code(
