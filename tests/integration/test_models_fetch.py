@@ -125,7 +125,10 @@ def test_a_repository_comes_whole_and_is_locked(
     catalog = load_catalog(home / "models.toml", home / "models")
     assert catalog.weights(Lane("tiny", "diffusers")).path == place
     listed = {m["name"]: m for m in farm("models", "--json").json}["tiny"]
-    assert listed["weights"]["diffusers"] == {"state": "fetched", "path": str(place)}
+    size = sum(len(hub.files[name]) for name in WANTED)
+    assert listed["weights"]["diffusers"] == {
+        "state": "fetched", "path": str(place), "bytes": size,
+    }  # fmt: skip
     assert str(place) in farm("models", "show", "tiny").out
 
     hub.asked.clear()
@@ -204,6 +207,8 @@ def test_add_appends_and_pins(farm: Farm, home: Path, tmp_path: Path) -> None:
     assert text.startswith(before)
     entry = load_catalog(home / "models.toml").get("pinned")
     assert (entry.licence, entry.engines["diffusers"].revision) == ("openrail++", COMMIT)
+    told = entry.defaults
+    assert (entry.family, told.width, told.steps, told.guidance_scale) == ("sdxl", 1024, 50, 5.0)
     assert farm("models", "fetch", "pinned", "--accept-licence").code == 0
 
     (tmp_path / "mine").mkdir()
@@ -224,6 +229,78 @@ def test_add_appends_and_pins(farm: Farm, home: Path, tmp_path: Path) -> None:
     offline = farm("models", "add", "later", "--repo", "me/x", "-e", "diffusers",
                    HF_ENDPOINT="http://127.0.0.1:9")  # fmt: skip
     assert (offline.code, "unpinned" in offline.err) == (0, True)
+
+
+def test_add_takes_what_is_said_of_a_model(farm: Farm, home: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    ran = farm("models", "add", "mine", "--path", "mine", "-e", "diffusers", "--licence", "mit",
+               "--terms", 'be "kind"', "--attribution", "Jo", "--memory-gb", "7.5")  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert "defaults of flux: 1024x1024, 28 steps, guidance 3.5" in ran.err
+    entry = load_catalog(home / "models.toml").get("mine")
+    assert (entry.family, entry.terms, entry.memory_gb) == ("flux", 'be "kind"', 7.5)
+    shown = farm("models", "show", "mine").out
+    for told in ('be "kind"', "Jo", "7.5 GB", "1024x1024, 28 steps, guidance 3.5", "local, 0.0 MB"):
+        assert told in shown
+    ran = farm("models", "add", "other", "--path", "mine", "-e", "diffusers", "--family", "sd9")
+    assert (ran.code, "family" in ran.err) == (2, True)
+
+
+def test_a_lora_has_a_place_beside_the_models(
+    farm: Farm, hub: Hub, home: Path, tmp_path: Path
+) -> None:
+    hub.files = {"README.md": b"a card", "pixel.safetensors": b"low rank", "preview.png": b"x"}
+    add = ["models", "add", "pixel", "--lora", "--for", "tiny", "--repo", "me/tiny"]
+    ran = farm(*add, "--terms", "name its maker")
+    assert ran.code == 0, ran.err
+    assert (farm("models", "fetch", "pixel").code, "openrail++" in ran.err) == (2, False)
+    ran = farm("models", "fetch", "pixel", "--accept-licence", "--json")
+    assert ran.code == 0, ran.err
+    assert "pixel (LoRA): fetched, 1 file" in ran.err
+    file = home / "models" / "pixel" / "lora" / "pixel.safetensors"
+    assert names(file.parent) == {"pixel.safetensors"}
+    lora = load_catalog(home / "models.toml", home / "models").loras["pixel"]
+    assert (lora.weights.path, lora.models, lora.licence) == (file, ("tiny",), "openrail++")
+
+    listed = {m["name"]: m for m in farm("models", "--json").json}
+    assert {name: listed[name]["kind"] for name in ("pixel", "tiny", "shapes")} == {
+        "pixel": "lora", "tiny": "model", "shapes": "model",
+    }  # fmt: skip
+    assert listed["pixel"]["weights"]["lora"]["state"] == "fetched"
+    assert "pixel  fetched  tiny" in farm("models", "list").out
+    shown = farm("models", "show", "pixel").out
+    assert all(told in shown for told in ("name its maker", "me/tiny at", str(file.parent)))
+    assert "pixel (fetched)" in farm("models", "show", "tiny").out
+    assert farm("models", "show", "tiny", "--json").json["loras"] == {"pixel": "fetched"}
+
+    assert farm("models", "verify", "pixel").code == 0
+    file.write_bytes(b"low rank?")
+    ran = farm("models", "verify", "--json")
+    assert [(f["model"], f["engine"], f["what"]) for f in ran.json["faults"]] == [
+        ("pixel", "lora", "changed")
+    ]
+
+
+def test_a_lora_is_added_by_its_own_options(farm: Farm, home: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"low rank")
+    (tmp_path / "a.pt").write_bytes(b"a pickle")
+    file = ("--path", "a.safetensors")
+    for bad, named in (
+        (["--lora", *file], "--for MODEL"),
+        (["--for", "tiny", *file], "--for MODEL"),
+        (["--lora", "--for", "tiny", "-e", "diffusers", *file], "leave out --engine"),
+        (["--lora", "--for", "tiny", "--family", "sd1", *file], "no --family"),
+        (["--lora", "--for", "tiny", "--path", "a.pt"], "pickled"),
+        (["--lora", "--for", "tni", *file], "no model tni"),
+        (file, "--engine"),
+    ):
+        ran = farm("models", "add", "a", *bad)
+        assert (ran.code, named in ran.err) == (2, True), (bad, ran.err)
+    assert "[loras" not in (home / "models.toml").read_text()
+    assert farm("models", "add", "tiny", "--lora", "--for", "tiny", *file).code == 2  # a model's
+    assert farm("models", "add", "a", "--lora", "--for", "tiny", *file).code == 0
+    assert farm("models", "add", "a", "-e", "sdcpp", *file).code == 2  # the LoRA's now
 
 
 def test_what_was_fetched_is_what_diffusers_loads(farm: Farm, home: Path, tmp_path: Path) -> None:
