@@ -73,19 +73,21 @@ def _decoded(data: bytes) -> str:
 def read_file(path: Path) -> bytes:
     """A regular file's bytes. Raises InvalidParameter for what is none, and for a large one."""
     try:
-        # without O_NONBLOCK the open of a FIFO waits for a writer
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(path, "rb", opener=_open) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise InvalidParameter("it is no regular file")
+            if not found.st_size:
+                raise InvalidParameter("the file is empty")
+            return file.read(MAX_BYTES + 1)
     except OSError as error:
         raise InvalidParameter(error.strerror or str(error)) from None
     except ValueError:
         raise InvalidParameter("no file can have that name") from None
-    with open(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise InvalidParameter("it is no regular file")
-        if not found.st_size:
-            raise InvalidParameter("the file is empty")
-        return file.read(MAX_BYTES + 1)
+
+
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # else a FIFO waits for a writer
 
 
 def absolute(given: str, base: Path) -> str:
@@ -145,8 +147,10 @@ class InputPictures:
         try:
             if scheme == "job":
                 return self._rendered(name)
-            if scheme == "blob" or re.fullmatch(INPUT_PATTERN, given):
-                return self._stored(name or given)
+            if scheme == "blob":
+                return self._stored(name)
+            if re.fullmatch(INPUT_PATTERN, given):  # as a recorded job has it
+                return self._stored(given)
         except (BlobNotFound, BlobDamaged, Invalid) as error:
             raise InvalidParameter(error.message) from None
         if self._base is None:

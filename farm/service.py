@@ -23,14 +23,17 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from farm import dispatch, prompts, results
 from farm.blobs import BlobStore, S3Options, open_blobs
 from farm.catalog import Catalog, load_catalog
+from farm.checks import Blocklist, Link, chain
 from farm.config import Settings, load_settings
 from farm.errors import (
     DatabaseUnavailable,
     InvalidConfig,
     InvalidParameter,
     InvalidPromptFile,
+    NotFound,
     RowError,
 )
+from farm.inputs import InputPictures, absolute, picture_key, store
 from farm.prompts import Defaults, Row
 from farm.spec import FIELDS, JobSpec
 from farm.states import JobState
@@ -79,6 +82,12 @@ class Farm:
     def blobs(self) -> BlobStore:
         return open_blobs(self.settings.blobs, s3=s3_options(self.settings))
 
+    @cached_property
+    def checks(self) -> tuple[Link, ...]:
+        """What the texts of jobs pass through at submit; see farm.checks."""
+        blocked = self.settings.blocklist
+        return chain(Blocklist.read(blocked) if blocked else None)
+
     def check_schema(self) -> None:
         """Raises InvalidConfig when the database's schema is not this version's."""
         found = schema.current(self.db)
@@ -100,15 +109,18 @@ class Farm:
         name: str = "",
         owner: str = "",
         priority: int = 0,
+        files: bool = True,
         **params: Any,
     ) -> BatchStatus:
         """Queue prompts (texts, or mappings of JobSpec fields), `n` pictures of each.
 
-        `params` are JobSpec fields that every row inherits. Raises InvalidPromptFile with one
-        RowError a bad field; then nothing was queued.
+        `params` are JobSpec fields that every row inherits. Input pictures are files (from the
+        current directory, unless not `files`), `blob:KEY` or `job:BATCH/INDEX`.
+        Raises InvalidPromptFile with one RowError a bad field; then nothing was queued.
         """
         rows = prompts.prompt_rows([items] if isinstance(items, str) else items)
-        return self._submit(rows, n, params, name=name, owner=owner, priority=priority)
+        base = Path.cwd() if files else None
+        return self._submit(rows, n, params, base, name=name, owner=owner, priority=priority)
 
     def submit_file(
         self,
@@ -119,12 +131,18 @@ class Farm:
         name: str = "",
         owner: str = "",
         priority: int = 0,
+        files: bool = True,
         **params: Any,
     ) -> BatchStatus:
-        """Queue a prompt file (jsonl, csv or txt by its ending or `form`); see `submit`."""
+        """Queue a prompt file (jsonl, csv or txt by its ending or `form`); see `submit`.
+
+        Its rows name input pictures from its own directory.
+        """
+        base = Path.cwd() if files else None
         with contextlib.ExitStack() as stack:
             if isinstance(source, Path | str):
                 path = Path(source)
+                base = base and base / path.parent
                 form, name = form or prompts.guess_format(path), name or path.name
                 try:
                     stream: BinaryIO = stack.enter_context(path.open("rb"))
@@ -133,32 +151,38 @@ class Farm:
             else:
                 stream = source
             rows = prompts.read_rows(stream, form or "jsonl")
-            return self._submit(rows, n, params, name=name, owner=owner, priority=priority)
+            return self._submit(rows, n, params, base, name=name, owner=owner, priority=priority)
+
+    def add_input(self, data: bytes) -> str:
+        """Store an input picture (a PNG, JPEG or WebP file); its key, which rows name `blob:KEY`.
+
+        Raises InvalidParameter, which says what is wrong with it, and StorageUnavailable.
+        """
+        key = picture_key(data)
+        store(self.blobs, key, data)
+        return key
 
     def _submit(
-        self, rows: Iterable[Row], n: int, params: dict[str, Any], **about: Any
+        self,
+        rows: Iterable[Row],
+        n: int,
+        params: dict[str, Any],
+        base: Path | None,
+        **about: Any,
     ) -> BatchStatus:
+        """`base`: the directory of the rows' input pictures; `params` name theirs from here."""
         unknown = set(params) - set(FIELDS)
         if unknown:
             raise InvalidParameter(f"unknown field {min(unknown)!r}; known: {', '.join(FIELDS)}")
         given = {k: v for k, v in params.items() if v is not None}
+        for field in {"init_image", "mask_image"} & set(given):
+            given[field] = absolute(str(given[field]), Path.cwd()) if base else given[field]
         if "model" not in given:
             given["model"] = self.default_model()
-        stream = _checked(prompts.make_specs(rows, Defaults(given, n), self.catalog))
-        first = list(islice(stream, CHUNK))
-        if not first:
-            raise InvalidPromptFile("there is no prompt in it; nothing was queued")
-        shared = {name: getattr(first[0], name) for name in _SHARED}
-        with batches.submission(self.db, shared, **about) as batch_id:
-            total, chunk = 0, first
-            while chunk:
-                with self.db.write() as connection:
-                    jobs.insert(connection, batch_id, total, chunk, shared)
-                    batches.touch(connection, batch_id)
-                total += len(chunk)
-                chunk = list(islice(stream, CHUNK))
-            with self.db.write() as connection:
-                batches.release(connection, batch_id, total)
+        with InputPictures(lambda: self.blobs, self._rendered, base) as pictures:
+            defaults = Defaults(given, n, pictures.take, self.checks)
+            stream = _checked(prompts.make_specs(rows, defaults, self.catalog))
+            batch_id = self._queue(stream, pictures.settle, about)
         self._ring()
         try:
             return self.status(batch_id)
@@ -166,6 +190,35 @@ class Farm:
             raise DatabaseUnavailable(
                 f"batch {batch_id} is queued whole, but: {error.message}"
             ) from error
+
+    def _queue(
+        self, stream: Iterator[JobSpec], settle: Callable[[], None], about: dict[str, Any]
+    ) -> str:
+        """Insert a batch whole or not at all; its id. `settle` is called before each commit."""
+        first = list(islice(stream, CHUNK))
+        if not first:
+            raise InvalidPromptFile("there is no prompt in it; nothing was queued")
+        shared = {name: getattr(first[0], name) for name in _SHARED}
+        with batches.submission(self.db, shared, **about) as batch_id:
+            total, chunk = 0, first
+            while chunk:
+                settle()
+                with self.db.write() as connection:
+                    jobs.insert(connection, batch_id, total, chunk, shared)
+                    batches.touch(connection, batch_id)
+                total += len(chunk)
+                chunk = list(islice(stream, CHUNK))
+            with self.db.write() as connection:
+                batches.release(connection, batch_id, total)
+        return batch_id
+
+    def _rendered(self, name: str) -> bytes:
+        """The picture of a job named BATCH/INDEX, or as its downloaded file, BATCH-INDEX."""
+        batch, _, place = name.replace("-", "/").partition("/")
+        job = self.job(f"{self.find(batch)}/{place}")
+        if not job.object_key:
+            raise NotFound(f"job {job.id} is {job.state}: it has no picture")
+        return self.fetch(job)
 
     def default_model(self) -> str:
         """The model of jobs that name none: the one that workers serve, else the demo model."""

@@ -92,7 +92,7 @@ class Inputs:
             log.exception("%s", key)
             return RenderFailed(f"its input picture {key} could not be read: {error}")
         if sha256(data) != key.removeprefix("inputs/").partition(".")[0]:
-            return InvalidParameter(f"its input picture {key} was changed; {_MEND}")
+            return InvalidParameter(f"its input picture {key} was changed; delete it, {_MEND}")
         self._keep(key, data)
         return data
 

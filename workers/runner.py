@@ -26,6 +26,7 @@ from workers.child import Child
 from workers.claims import Claims
 from workers.engine import EngineConfig, EngineInfo
 from workers.heart import Heart
+from workers.inputs import Inputs
 from workers.keeper import Keeper
 from workers.lessons import Lessons
 from workers.messages import (
@@ -62,6 +63,7 @@ class Runner:
         self.lane = Lane(config.model, config.engine)
         self._child, self._settings, self._db = child, settings, db
         self._broker, self._blobs = broker, blobs
+        self._inputs = Inputs(blobs)
         self._lessons = Lessons(db, config)
         self._claims = Claims(db, self.lane, lambda: self._heart.session_id)
         self._prefetch = ThreadPoolExecutor(1, thread_name_prefix="claims")
@@ -126,18 +128,19 @@ class Runner:
     def _claim_and_ring(self) -> list[Claim]:
         """The next bundle; the bell is rung beside it, for a broker may take its time."""
         bundle = self._next_bundle()
+        self._inputs.fetch(bundle)  # they are kept until its turn comes
         if bundle and (self._ringing is None or self._ringing.done()):
             self._ringing = self._bell.submit(self.ring)
         return bundle
 
     def _render(self, bundle: list[Claim]) -> list[Claim]:
         """Render one bundle; returns the next, claimed meanwhile."""
-        bundle = self._wanted(bundle)
+        bundle, files = self._with_inputs(self._wanted(bundle))
         open_ids, started = set(range(len(bundle))), set[int]()
         upcoming: Future[list[Claim]] | None = None
         self._enter(bundle)
         try:
-            for event in self._child.render([claim.spec for claim in bundle]):
+            for event in self._child.render([claim.spec for claim in bundle], files):
                 self._take(event, bundle, open_ids, started)
                 if upcoming is None and len(started) == len(bundle):
                     upcoming = self._prefetch.submit(self._claim_and_ring)
@@ -165,6 +168,14 @@ class Runner:
         for claim in stale - unwanted:
             self._recorder.back(claim, "its worker's session was lost")
         return [claim for claim in bundle if claim not in unwanted | stale]
+
+    def _with_inputs(self, bundle: list[Claim]) -> tuple[list[Claim], dict[str, bytes]]:
+        """The jobs whose input pictures are here, and these by key; the others are settled."""
+        fetched = self._inputs.fetch(bundle)
+        for claim, fault in fetched.refused:
+            self._recorder.failure(claim, fault)
+        self._give_back(fetched.later, "the input pictures of its bundle were too many at once")
+        return fetched.ready, fetched.files
 
     def _take(
         self, event: Event, bundle: list[Claim], open_ids: set[int], started: set[int]
@@ -265,6 +276,7 @@ class Runner:
         self._stopping.set()
         for pool in (self._prefetch, self._bell):
             pool.shutdown(wait=False, cancel_futures=True)
+        self._inputs.close()
         self._keeper.close()
         if not self._recorder.close(timeout_s=10.0):
             log.warning("the database is away; what was not recorded is rendered again")

@@ -1,0 +1,384 @@
+"""Input pictures from a row to the blob store, and from there to the worker."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from farm.blobs import BlobStore
+from farm.blobs.local import LocalBlobs
+from farm.errors import InvalidParameter, InvalidPromptFile, NotFound, StorageUnavailable
+from farm.inputs import MAX_BYTES, InputPictures, absolute, picture_key
+from farm.service import Farm
+from farm.spec import JobSpec
+from farm.store.ids import JobRef
+from farm.store.jobs import Claim
+from tests.store_kit import spec
+from workers.inputs import Inputs
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+
+
+def picture(form: str = "PNG", size: tuple[int, int] = (64, 48), **how: Any) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(PIXELS).resize(size).save(out, form, **how)
+    return out.getvalue()
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of a few kilobytes that says it is side x side pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n"
+    return (
+        start + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
+    )
+
+
+def animated(form: str) -> bytes:
+    frames = [Image.fromarray(PIXELS), Image.fromarray(255 - PIXELS)]
+    out = io.BytesIO()
+    frames[0].save(out, form, save_all=True, append_images=frames[1:])
+    return out.getvalue()
+
+
+class Counted(LocalBlobs):
+    """Counts what goes through it."""
+
+    puts = gets = 0
+
+    def put(self, key: str, data: bytes, content_type: str) -> None:
+        self.puts += 1
+        super().put(key, data, content_type)
+
+    def get(self, key: str) -> bytes:
+        self.gets += 1
+        return super().get(key)
+
+
+@pytest.fixture
+def blobs(tmp_path: Path) -> Counted:
+    return Counted(tmp_path / "blobs")
+
+
+@pytest.fixture
+def pictures(blobs: Counted, tmp_path: Path) -> Iterator[InputPictures]:
+    def rendered(name: str) -> bytes:
+        if name != "0abc/1":
+            raise NotFound(f"no job {name}")
+        return picture("WEBP")
+
+    with InputPictures(lambda: blobs, rendered, tmp_path) as pictures:
+        yield pictures
+
+
+# ---- from a row to the store
+
+
+@pytest.mark.parametrize(
+    ("form", "how", "extension"),
+    [
+        ("PNG", {}, "png"), ("JPEG", {}, "jpg"), ("WEBP", {}, "webp"),
+        ("MPO", {"save_all": True, "append_images": [Image.fromarray(PIXELS)]}, "jpg"),
+    ],
+)  # fmt: skip
+def test_a_file_is_stored_once_under_its_hash(
+    pictures: InputPictures, blobs: Counted, tmp_path: Path, form: str, how: Any, extension: str
+) -> None:
+    data = picture(form, **how)
+    for name in ("one.png", "same.bin"):  # the ending says nothing
+        (tmp_path / name).write_bytes(data)
+    key = pictures.take("one.png")
+    assert key == f"inputs/{hashlib.sha256(data).hexdigest()}.{extension}"
+    (tmp_path / "one.png").unlink()
+    assert pictures.take("one.png") == key, "read once"
+    pictures.settle()
+    assert pictures.take("same.bin") == key
+    pictures.settle()
+    assert blobs.puts == 1
+    assert blobs.get(key) == data
+
+
+def test_an_object_that_was_cut_is_mended(
+    pictures: InputPictures, blobs: Counted, tmp_path: Path
+) -> None:
+    data = picture()
+    blobs.put(picture_key(data), data[:-9], "image/png")
+    (tmp_path / "a.png").write_bytes(data)
+    key = pictures.take("a.png")
+    pictures.settle()
+    assert blobs.get(key) == data
+
+
+def test_pictures_of_the_store_and_of_jobs(pictures: InputPictures, blobs: Counted) -> None:
+    blobs.put("pictures/x/1.png", picture(), "image/png")
+    key = pictures.take("blob:pictures/x/1.png")
+    pictures.settle()
+    assert pictures.take(key) == pictures.take(f"blob:{key}") == key
+    assert pictures.take("job:0abc/1") == picture_key(picture("WEBP"))
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("https://example.org/cat.png", "download it first"),
+        ("file:///etc/passwd", "download it first"),
+        ("data:image/png;base64,AAAA", "download it first"),
+        ("missing.png", "No such file"),
+        ("a\0b", "no file can have that name"),
+        (".", "Is a directory"),
+        ("/dev/zero", "no regular file"),
+        ("fifo", "no regular file"),
+        ("empty", "empty"),
+        ("text", "no PNG, JPEG or WebP"),
+        ("blob:pictures/none.png", "no such object"),
+        ("blob:../../etc/passwd", "bad blob key"),
+        ("blob:", "1 to 512"),
+        ("job:0abc/2", "no job"),
+        (f"inputs/{'0' * 64}.png", "no such object"),
+    ],
+)
+def test_what_is_no_picture_is_said(
+    pictures: InputPictures, blobs: Counted, tmp_path: Path, given: str, why: str
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "empty").touch()
+    (tmp_path / "text").write_text("GIF89a no")
+    for _ in range(2):
+        with pytest.raises(InvalidParameter, match=why):
+            pictures.take(given)
+    pictures.settle()
+    assert blobs.puts == 0
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        picture()[:-2000], picture("JPEG", size=(640, 480))[:5000],
+        picture("WEBP", size=(640, 480))[:5000], picture("GIF"), picture("BMP"),
+        bomb(30_000), bomb(9_000), animated("PNG"), animated("WEBP"), picture()[:33],
+        picture()[:60] + b"\0" * 500, b"\0" * (MAX_BYTES + 1), b"\xff\xd8\xff",
+    ],
+    ids=[
+        "cut png", "cut jpeg", "cut webp", "gif", "bmp", "bomb", "81 megapixels", "apng",
+        "animated webp", "head only", "zeros within", "large", "jpeg magic",
+    ],
+)  # fmt: skip
+def test_broken_and_hostile_files_are_refused(data: bytes) -> None:
+    with pytest.raises(InvalidParameter, match=r"^it ") as caught:
+        picture_key(data)
+    assert len(caught.value.message) < 200
+
+
+def test_without_a_base_no_local_file_is_read(blobs: Counted, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture())
+    with (
+        InputPictures(lambda: blobs, lambda name: b"", None) as pictures,
+        pytest.raises(InvalidParameter, match="blob:KEY"),
+    ):
+        pictures.take(str(tmp_path / "a.png"))
+
+
+def test_only_paths_are_made_absolute(tmp_path: Path) -> None:
+    assert absolute("a.png", tmp_path) == str(tmp_path / "a.png")
+    assert absolute("/b.png", tmp_path) == "/b.png"
+    for name in ("blob:a", "job:latest/1", "https://x/y", "data:x", f"inputs/{'0' * 64}.png"):
+        assert absolute(name, tmp_path) == name
+
+
+# ---- the whole submit
+
+
+@pytest.fixture
+def farm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Farm]:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with Farm.open(home=tmp_path / "home") as farm:
+        yield farm
+
+
+def test_relative_paths_begin_where_they_were_written(farm: Farm, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "a.png").write_bytes(picture("PNG"))
+    Path("a.png").write_bytes(picture("JPEG"))
+    Path("mask.png").write_bytes(picture("WEBP"))
+    (there / "rows.csv").write_text("prompt,init_image,strength\nx,a.png,0.5\ny,,\n")
+    batch = farm.submit_file(there / "rows.csv", init_image="a.png", mask_image="mask.png")
+    found = [(job.spec["init_image"], job.spec["mask_image"]) for job in farm.jobs(batch.id)]
+    png, jpeg, webp = (picture_key(picture(form)) for form in ("PNG", "JPEG", "WEBP"))
+    assert found == [(png, webp), (jpeg, webp)]
+    assert {blob.key for blob in farm.blobs.list("inputs/")} == {png, jpeg, webp}
+    again = farm.submit([{"prompt": "z", "init_image": Path("a.png")}])
+    assert [job.spec["init_image"] for job in farm.jobs(again.id)] == [jpeg]
+
+
+def test_bad_pictures_are_row_errors_and_nothing_is_queued(farm: Farm) -> None:
+    Path("good.png").write_bytes(picture())
+    Path("bad.png").write_bytes(picture()[:-2000])
+    rows = [
+        {"prompt": "a", "init_image": "good.png"},
+        {"prompt": "b", "init_image": "bad.png", "width": 13},
+        {"prompt": "c", "init_image": "job:latest/0"},
+        {"prompt": "d", "init_image": "good.png", "mask_image": "https://x/y.png"},
+    ]
+    with pytest.raises(InvalidPromptFile) as caught:
+        farm.submit(rows)
+    told = [(e.line, e.field) for e in caught.value.errors]
+    assert told == [(2, "init_image"), (2, "width"), (3, "init_image"), (4, "mask_image")]
+    assert "'bad.png': it cannot be read" in caught.value.errors[0].got
+    assert farm.batches() == []
+    with pytest.raises(InvalidPromptFile):
+        farm.submit([{"prompt": "a", "init_image": "good.png"}], files=False)
+
+
+def test_an_uploaded_picture(farm: Farm) -> None:
+    key = farm.add_input(picture())
+    batch = farm.submit([{"prompt": "a", "init_image": f"blob:{key}"}], files=False)
+    assert [job.spec["init_image"] for job in farm.jobs(batch.id)] == [key]
+
+
+def test_a_store_that_is_away_at_submit_queues_nothing(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*args: object) -> None:
+        raise StorageUnavailable("the store is away")
+
+    Path("good.png").write_bytes(picture())
+    monkeypatch.setattr(LocalBlobs, "put", away)
+    with pytest.raises(StorageUnavailable):
+        farm.submit([{"prompt": "a", "init_image": "good.png"}])
+    assert farm.batches() == []
+
+
+# ---- from the store to the worker
+
+
+def claim(idx: int, **pictures: str) -> Claim:
+    fields = {**pictures, "strength": 0.5} if pictures else {}
+    return Claim(JobRef("0abc", idx), 1, "s", spec(**fields), 0, False)  # type: ignore[arg-type]
+
+
+def stored(blobs: BlobStore, n: int) -> list[str]:
+    keys = []
+    for quality in range(n):
+        data = picture("JPEG", quality=50 + quality)
+        keys.append(picture_key(data))
+        blobs.put(keys[-1], data, "image/jpeg")
+    return keys
+
+
+def test_a_worker_fetches_each_picture_once(blobs: Counted) -> None:
+    keys = stored(blobs, 3)
+    inputs = Inputs(blobs)
+    claims = [claim(0), *(claim(i, init_image=keys[i % 3], mask_image=keys[0]) for i in range(9))]
+    for _ in range(2):
+        fetched = inputs.fetch(claims)
+        assert fetched.ready == claims
+        assert set(fetched.files) == set(keys)
+    assert blobs.gets == 3
+    assert inputs.fetch([]).ready == []
+    inputs.close()
+
+
+def test_what_is_gone_or_changed_fails_its_own_jobs_only(blobs: Counted) -> None:
+    good, gone, changed = stored(blobs, 3)
+    blobs.delete([gone])
+    blobs.put(changed, blobs.get(good), "image/jpeg")
+    claims = [claim(0, init_image=gone), claim(1, init_image=good), claim(2),
+              claim(3, init_image=good, mask_image=changed)]  # fmt: skip
+    inputs = Inputs(blobs)
+    fetched = inputs.fetch(claims)
+    assert fetched.ready == [claims[1], claims[2]]
+    assert [(c, type(error)) for c, error in fetched.refused] == [
+        (claims[0], InvalidParameter), (claims[3], InvalidParameter),
+    ]  # fmt: skip
+    assert "is gone; submit the same picture again" in fetched.refused[0][1].message
+    assert "was changed" in fetched.refused[1][1].message
+    blobs.put(changed, picture("JPEG", quality=52), "image/jpeg")
+    assert inputs.fetch(claims[3:]).ready == claims[3:], "a bad one is not kept"
+    inputs.close()
+
+
+class Away(Counted):
+    tried = 0
+
+    def get(self, key: str) -> bytes:
+        self.tried += 1
+        raise StorageUnavailable("the store is away")
+
+
+def test_a_store_that_is_away_is_asked_once_a_bundle(blobs: Counted) -> None:
+    keys = stored(blobs, 30)
+    claims = [claim(99), *(claim(i, init_image=key) for i, key in enumerate(keys))]
+    away = Away(blobs.root)
+    inputs = Inputs(away)
+    fetched = inputs.fetch(claims)
+    assert fetched.ready == claims[:1]
+    assert [c for c, _ in fetched.refused] == claims[1:]
+    assert {type(error) for _, error in fetched.refused} == {StorageUnavailable}
+    assert away.tried <= 8
+    inputs.close()
+
+
+def test_memory_is_bounded(blobs: Counted) -> None:
+    keys = stored(blobs, 40)
+    sizes = {key: len(blobs.get(key)) for key in keys}
+    most = 3 * max(sizes.values())
+    inputs = Inputs(blobs, most)
+    waiting = [claim(i, init_image=key) for i, key in enumerate(keys)]
+    rendered: list[Claim] = []
+    while waiting:
+        fetched = inputs.fetch(waiting)
+        assert fetched.ready, "a bundle gets on"
+        assert len(fetched.files) <= 8
+        assert sum(map(len, inputs._kept.values())) == inputs._kept_bytes <= most
+        rendered += fetched.ready
+        waiting = fetched.later
+    assert rendered == [claim(i, init_image=key) for i, key in enumerate(keys)]
+    inputs.close()
+
+
+def test_two_threads_share_the_kept_ones(blobs: Counted) -> None:
+    keys = stored(blobs, 20)
+    inputs = Inputs(blobs, 4 * len(blobs.get(keys[0])))
+    claims = [claim(i, init_image=key) for i, key in enumerate(keys)]
+    faults: list[object] = []
+
+    def fetch() -> None:
+        for one in claims * 5:
+            found = inputs.fetch([one])
+            faults.extend([found] if found.ready != [one] else [])
+
+    threads = [threading.Thread(target=fetch) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+    assert sum(map(len, inputs._kept.values())) == inputs._kept_bytes
+    inputs.close()
+
+
+def test_a_spec_may_be_submitted_again(farm: Farm) -> None:
+    Path("a.png").write_bytes(picture())
+    batch = farm.submit([{"prompt": "a", "init_image": "a.png", "seed": 3}])
+    (job,) = farm.jobs(batch.id)
+    again = farm.submit([job.spec])
+    (same,) = farm.jobs(again.id)
+    assert JobSpec.from_record(same.spec) == JobSpec.from_record(job.spec)
