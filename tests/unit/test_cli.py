@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.main import get_command
 
 import farm.cli
@@ -347,6 +348,89 @@ def test_submit_a_file(name: str, text: str, run: Run, client: Farm, tmp_path: P
     batch = run("submit", "--file", name, "--json", "--owner", "ann", "--priority", "3").json()
     assert (batch["total"], batch["name"], batch["owner"], batch["priority"]) == (3, name, "ann", 3)
     assert [job.spec["prompt"] for job in client.jobs(batch["id"])] == ["a", "b", "b"]
+
+
+LORAS = """
+[models.mine]
+licence = "mit"
+family = "sd1"
+[models.mine.engines.diffusers]
+path = "weights"
+[models.mine.engines.sdcpp]
+path = "weights.gguf"
+[loras.felt]
+licence = "mit"
+models = ["mine"]
+[loras.felt.weights]
+path = "felt.safetensors"
+[loras.ink]
+licence = "mit"
+models = ["mine"]
+[loras.ink.weights]
+path = "ink.safetensors"
+"""
+
+
+def test_submit_with_pictures_loras_and_an_engine(run: Run, client: Farm, home: Path) -> None:
+    (home / "models.toml").write_text(LORAS)
+    for name, colour in (("cat.png", "white"), ("mask.png", "grey")):
+        Image.new("RGB", (64, 64), colour).save(name)
+    ran = run(
+        "submit", "a cat", "-m", "mine", "--engine", "sdcpp", "--init-image", "cat.png",
+        "--mask-image", "mask.png", "--strength", "0.5", "--lora", "felt:0.7", "--lora", "ink",
+        "--clip-skip", "1",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert "no worker serves mine on sdcpp now, 1 job waiting" in ran.err
+    assert "`farm up --model mine:sdcpp`" in ran.err
+    shown = run("status", "latest/0").out
+    for line in (
+        "engine asked +sdcpp", "init image +inputs/[0-9a-f]{64}.png", "strength +0.5",
+        "mask image +inputs/[0-9a-f]{64}.png", "loras +felt:0.7, ink:1", "clip skip +1",
+    ):  # fmt: skip
+        assert re.search(f"(?m)^{line}$", shown), line
+    spec = run("status", "latest/0", "--json").json()["spec"]
+    assert spec["loras"] == [["felt", 0.7], ["ink", 1.0]]
+    Path("rows.csv").write_text(
+        'prompt,init_image,strength,loras,clip_skip,engine\na,cat.png,0.25,"ink:-1, felt",2,sdcpp\n'
+        "b,,,,,\n"
+    )
+    batch = run("submit", "-f", "rows.csv", "-m", "mine", "--json").json()["id"]
+    one, two = (job.spec for job in client.jobs(batch))
+    assert (one["strength"], one["loras"], one["clip_skip"], one["engine"]) == (
+        0.25, (("felt", 1.0), ("ink", -1.0)), 2, "sdcpp",
+    )  # fmt: skip
+    assert (two["init_image"], two["strength"], two["loras"]) == (None, None, ())
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--init-image", "none.png"], "init_image: expected a PNG, JPEG or WebP file"),
+        (["--init-image", "http://x/y.png"], "download it first"),
+        (["--strength", "0.5"], "strength and init_image go together"),
+        (["--lora", "felt"], "loras: expected LoRAs for model shapes"),
+        (["--lora", "felt:much"], "no names with weights"),
+        (["--engine", "sdcpp"], "engine: expected one of diffusers"),
+        (["--engine", "torch"], "engine: expected one of diffusers, sdcpp"),
+        (["--clip-skip", "99"], "clip_skip: expected a whole number"),
+    ],
+)
+def test_what_a_job_cannot_ask_for(args: list[str], told: str, run: Run, client: Farm) -> None:
+    ran = run("submit", "x", *args)
+    assert (ran.code, ran.out) == (2, "")
+    assert told in ran.err
+    assert client.batches() == []
+
+
+def test_blocked_terms(run: Run, client: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("terms.txt").write_text("# ours\ngore\n")
+    monkeypatch.setenv("FARM_BLOCKLIST", "terms.txt")
+    ran = run("submit", "some Gore", "--json")
+    assert (ran.code, ran.json()["error"]["code"]) == (2, "ERR_INVALID_PROMPT")
+    assert run("submit", "a circle").code == 0
+    monkeypatch.setenv("FARM_BLOCKLIST", "none.txt")
+    assert "ERR_INVALID_CONFIG" in run("submit", "a circle").err
 
 
 def test_submit_standard_input(home: Path) -> None:
