@@ -1,74 +1,22 @@
-"""Input pictures from a row to the blob store, and from there to the worker."""
+"""Input pictures from a row to the blob store."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import struct
-import threading
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from farm.blobs import BlobStore
 from farm.blobs.local import LocalBlobs
 from farm.errors import InvalidParameter, InvalidPromptFile, NotFound, StorageUnavailable
 from farm.inputs import MAX_BYTES, InputPictures, absolute, picture_key
 from farm.service import Farm
 from farm.spec import JobSpec
-from farm.store.ids import JobRef
-from farm.store.jobs import Claim
-from tests.store_kit import spec
-from workers.inputs import Inputs
-
-PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-
-
-def picture(form: str = "PNG", size: tuple[int, int] = (64, 48), **how: Any) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(PIXELS).resize(size).save(out, form, **how)
-    return out.getvalue()
-
-
-def bomb(side: int) -> bytes:
-    """A PNG of a few kilobytes that says it is side x side pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        body = kind + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
-    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    start = b"\x89PNG\r\n\x1a\n"
-    return (
-        start + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
-    )
-
-
-def animated(form: str) -> bytes:
-    frames = [Image.fromarray(PIXELS), Image.fromarray(255 - PIXELS)]
-    out = io.BytesIO()
-    frames[0].save(out, form, save_all=True, append_images=frames[1:])
-    return out.getvalue()
-
-
-class Counted(LocalBlobs):
-    """Counts what goes through it."""
-
-    puts = gets = 0
-
-    def put(self, key: str, data: bytes, content_type: str) -> None:
-        self.puts += 1
-        super().put(key, data, content_type)
-
-    def get(self, key: str) -> bytes:
-        self.gets += 1
-        return super().get(key)
+from tests.picture_kit import PIXELS, Counted, animated, bomb, picture
 
 
 @pytest.fixture
@@ -264,115 +212,6 @@ def test_a_store_that_is_away_at_submit_queues_nothing(
     with pytest.raises(StorageUnavailable):
         farm.submit([{"prompt": "a", "init_image": "good.png"}])
     assert farm.batches() == []
-
-
-# ---- from the store to the worker
-
-
-def claim(idx: int, **pictures: str) -> Claim:
-    fields = {**pictures, "strength": 0.5} if pictures else {}
-    return Claim(JobRef("0abc", idx), 1, "s", spec(**fields), 0, False)  # type: ignore[arg-type]
-
-
-def stored(blobs: BlobStore, n: int) -> list[str]:
-    keys = []
-    for quality in range(n):
-        data = picture("JPEG", quality=50 + quality)
-        keys.append(picture_key(data))
-        blobs.put(keys[-1], data, "image/jpeg")
-    return keys
-
-
-def test_a_worker_fetches_each_picture_once(blobs: Counted) -> None:
-    keys = stored(blobs, 3)
-    inputs = Inputs(blobs)
-    claims = [claim(0), *(claim(i, init_image=keys[i % 3], mask_image=keys[0]) for i in range(9))]
-    for _ in range(2):
-        fetched = inputs.fetch(claims)
-        assert fetched.ready == claims
-        assert set(fetched.files) == set(keys)
-    assert blobs.gets == 3
-    assert inputs.fetch([]).ready == []
-    inputs.close()
-
-
-def test_what_is_gone_or_changed_fails_its_own_jobs_only(blobs: Counted) -> None:
-    good, gone, changed = stored(blobs, 3)
-    blobs.delete([gone])
-    blobs.put(changed, blobs.get(good), "image/jpeg")
-    claims = [claim(0, init_image=gone), claim(1, init_image=good), claim(2),
-              claim(3, init_image=good, mask_image=changed)]  # fmt: skip
-    inputs = Inputs(blobs)
-    fetched = inputs.fetch(claims)
-    assert fetched.ready == [claims[1], claims[2]]
-    assert [(c, type(error)) for c, error in fetched.refused] == [
-        (claims[0], InvalidParameter), (claims[3], InvalidParameter),
-    ]  # fmt: skip
-    assert "is gone; submit the same picture again" in fetched.refused[0][1].message
-    assert "was changed" in fetched.refused[1][1].message
-    blobs.put(changed, picture("JPEG", quality=52), "image/jpeg")
-    assert inputs.fetch(claims[3:]).ready == claims[3:], "a bad one is not kept"
-    inputs.close()
-
-
-class Away(Counted):
-    tried = 0
-
-    def get(self, key: str) -> bytes:
-        self.tried += 1
-        raise StorageUnavailable("the store is away")
-
-
-def test_a_store_that_is_away_is_asked_once_a_bundle(blobs: Counted) -> None:
-    keys = stored(blobs, 30)
-    claims = [claim(99), *(claim(i, init_image=key) for i, key in enumerate(keys))]
-    away = Away(blobs.root)
-    inputs = Inputs(away)
-    fetched = inputs.fetch(claims)
-    assert fetched.ready == claims[:1]
-    assert [c for c, _ in fetched.refused] == claims[1:]
-    assert {type(error) for _, error in fetched.refused} == {StorageUnavailable}
-    assert away.tried <= 8
-    inputs.close()
-
-
-def test_memory_is_bounded(blobs: Counted) -> None:
-    keys = stored(blobs, 40)
-    sizes = {key: len(blobs.get(key)) for key in keys}
-    most = 3 * max(sizes.values())
-    inputs = Inputs(blobs, most)
-    waiting = [claim(i, init_image=key) for i, key in enumerate(keys)]
-    rendered: list[Claim] = []
-    while waiting:
-        fetched = inputs.fetch(waiting)
-        assert fetched.ready, "a bundle gets on"
-        assert len(fetched.files) <= 8
-        assert sum(map(len, inputs._kept.values())) == inputs._kept_bytes <= most
-        rendered += fetched.ready
-        waiting = fetched.later
-    assert rendered == [claim(i, init_image=key) for i, key in enumerate(keys)]
-    inputs.close()
-
-
-def test_two_threads_share_the_kept_ones(blobs: Counted) -> None:
-    keys = stored(blobs, 20)
-    inputs = Inputs(blobs, 4 * len(blobs.get(keys[0])))
-    claims = [claim(i, init_image=key) for i, key in enumerate(keys)]
-    faults: list[object] = []
-
-    def fetch() -> None:
-        for one in claims * 5:
-            found = inputs.fetch([one])
-            faults.extend([found] if found.ready != [one] else [])
-
-    threads = [threading.Thread(target=fetch) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not faults
-    assert sum(map(len, inputs._kept.values())) == inputs._kept_bytes
-    inputs.close()
 
 
 def test_a_spec_may_be_submitted_again(farm: Farm) -> None:

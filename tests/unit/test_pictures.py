@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +44,27 @@ def test_the_file_holds_parameters_and_mark(form: str) -> None:
     assert text.splitlines()[:2] == [PROMPT, "Negative prompt: dull"]
     assert "Steps: 4, Sampler: euler_a, CFG scale: 4, Seed: 7, Size: 64x64" in text
     assert b"digitalsourcetype/trainedAlgorithmicMedia" in data
+
+
+def test_what_a_job_has_beside_its_texts_stands_in_the_parameters() -> None:
+    plain = spec(PROMPT, negative_prompt="dull")
+    job = plain.model_copy(
+        update={"strength": 0.55, "clip_skip": 1, "loras": (("felt", 0.7), ("ink", -1.0))}
+    )
+    text = parameters(job, Origin("fake", "ab" * 32, {"felt": "cd" * 32, "ink": "ef" * 32}))
+    assert text.splitlines()[:2] == [PROMPT, "Negative prompt: dull"], "no tag in the prompt"
+    # the pattern by which A1111 reads them: modules/infotext_utils.py
+    pairs = re.findall(
+        r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', text.splitlines()[-1]
+    )
+    found = dict(pairs)
+    assert found["Denoising strength"] == "0.55"
+    assert found["Clip skip"] == "2"
+    assert json.loads(found["Loras"]) == "<lora:felt:0.7> <lora:ink:-1>"
+    assert json.loads(found["Lora hashes"]) == "felt: cdcdcdcdcd, ink: efefefefef"
+    assert (found["Model"], found["Version"]) == ("shapes", "renderfarm")
+    for name in ("Denoising", "Clip skip", "Lora"):
+        assert name not in parameters(plain, ORIGIN)
 
 
 def test_keys_differ_by_claim_and_hold_nothing_from_a_prompt() -> None:
