@@ -75,6 +75,27 @@ def t5_tokenizer() -> Any:
     return transformers.T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=64)
 
 
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def qwen_tokenizer() -> Any:
+    """One token a byte, and the marks of a conversation."""
+    tokens = [*_byte_characters(), "<|endoftext|>"]
+    tokenizer = transformers.Qwen2Tokenizer(
+        vocab={token: number for number, token in enumerate(tokens)},
+        merges=[],
+        model_max_length=4096,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens={"im_start_token": "<|im_start|>"},
+    )
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
 # ------------------------------------------------------------------------ components
 def clip_text(tokenizer: Any, name: str = "CLIPTextModel") -> Any:
     config = transformers.CLIPTextConfig(
@@ -92,10 +113,10 @@ def clip_text(tokenizer: Any, name: str = "CLIPTextModel") -> Any:
     return getattr(transformers, name)(config)
 
 
-def t5_text(tokenizer: Any) -> Any:
+def t5_text(tokenizer: Any, width: int = 32) -> Any:
     config = transformers.T5Config(
         vocab_size=len(tokenizer),
-        d_model=32,
+        d_model=width,
         d_kv=8,
         d_ff=64,
         num_layers=2,
@@ -105,6 +126,45 @@ def t5_text(tokenizer: Any) -> Any:
         use_cache=False,
     )
     return transformers.T5EncoderModel(config)
+
+
+def qwen3_text(tokenizer: Any, layers: int = 2) -> Any:
+    config = transformers.Qwen3Config(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    return transformers.Qwen3ForCausalLM(config)
+
+
+def qwen_vl_text(tokenizer: Any) -> Any:
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
+    text = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 4096,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": rope,
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 4,
+        "out_hidden_size": 32,
+        "fullatt_block_indexes": [0],
+    }
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
 def vae(channels: int, **differences: Any) -> Any:
@@ -236,9 +296,125 @@ def flux() -> Any:
     )
 
 
+def sd3() -> Any:
+    """The layout of Stable Diffusion 3: two CLIP encoders and T5, flow matching."""
+    first, second, third = clip_tokenizer(), clip_tokenizer(pad="!"), t5_tokenizer()
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=diffusers.SD3Transformer2DModel(
+            sample_size=8,
+            in_channels=16,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=64,
+            caption_projection_dim=32,
+            pooled_projection_dim=64,
+            pos_embed_max_size=96,
+            qk_norm="rms_norm",
+        ),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=clip_text(first, "CLIPTextModelWithProjection"),
+        tokenizer=first,
+        text_encoder_2=clip_text(second, "CLIPTextModelWithProjection"),
+        tokenizer_2=second,
+        text_encoder_3=t5_text(third, 64),
+        tokenizer_3=third,
+        vae=vae(
+            16,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+    )
+
+
+def klein() -> Any:
+    """The layout of FLUX.2-klein: a transformer and a language model, distilled."""
+    tokenizer = qwen_tokenizer()
+    return diffusers.Flux2KleinPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=diffusers.AutoencoderKLFlux2(
+            block_out_channels=(16, 16, 32, 32),
+            layers_per_block=1,
+            latent_channels=16,
+            norm_num_groups=8,
+            sample_size=64,
+        ),
+        text_encoder=qwen3_text(tokenizer, layers=28),  # the pipeline reads layers 9, 18 and 27
+        tokenizer=tokenizer,
+        transformer=diffusers.Flux2Transformer2DModel(
+            in_channels=64,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=96,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+        is_distilled=True,
+    )
+
+
+def qwen_image() -> Any:
+    """The layout of Qwen-Image: a transformer and a vision-language model."""
+    tokenizer = qwen_tokenizer()
+    return diffusers.QwenImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True),
+        vae=diffusers.AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1),
+        text_encoder=qwen_vl_text(tokenizer),
+        tokenizer=tokenizer,
+        transformer=diffusers.QwenImageTransformer2DModel(
+            in_channels=64,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            axes_dims_rope=(4, 4, 8),
+        ),
+    )
+
+
+def z_image() -> Any:
+    """The layout of Z-Image: one stream of text and picture."""
+    tokenizer = qwen_tokenizer()
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=16,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[4, 6, 6],
+        axes_lens=[1024, 512, 512],
+    )
+    with torch.no_grad():  # its pad tokens come uninitialised
+        transformer.x_pad_token.normal_(std=0.02)
+        transformer.cap_pad_token.normal_(std=0.02)
+    return diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(
+            16,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        text_encoder=qwen3_text(tokenizer),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
 FAMILIES: dict[str, Callable[[], Any]] = {
     "sd15": sd15,
     "sd15_refusing": sd15_refusing,
     "sdxl": sdxl,
     "flux": flux,
+    "sd3": sd3,
+    "klein": klein,
+    "qwen_image": qwen_image,
+    "z_image": z_image,
 }
