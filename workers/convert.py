@@ -1,7 +1,7 @@
 """`python -m workers.convert SOURCE TARGET TYPE`: a checkpoint's weights as another type, in GGUF.
 
-`farm models convert` runs it as a child. The last line of its output is JSON: the sizes in bytes
-and the seconds it took, or the code and sentence of what went wrong, with exit status 1.
+`farm models convert` runs it as a child. The last line of its output is JSON: the sizes in bytes,
+or why nothing would change, or the code and sentence of what went wrong, with exit status 1.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import json
 import math
 import os
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from farm.errors import FarmError, Invalid, InvalidConfig, RenderFailed
+from farm.errors import FarmError, Invalid, RenderFailed
 from farm.models.place import check_space
 from farm.weight_files import WTYPES
 from workers.engines.checkpoint_files import GGML_BLOCKS, GGML_NAMES, Tensor, checked_tensors
@@ -26,32 +25,26 @@ _NUMBERS = {GGML_NAMES[number]: number for number in GGML_NAMES if GGML_NAMES[nu
 _PLAIN = ("f32", "f16", "bf16")
 
 
-def convert(source: Path, target: Path, wtype: str, threads: int | None = None) -> dict[str, Any]:
-    """Write `target`. A file that breaks off half-way stays: the caller moves a whole one away.
+def convert(source: Path, target: Path, wtype: str, *, part: bool = False) -> dict[str, Any]:
+    """Write `target`, unless the answer says that nothing would change.
 
-    Raises ModelNotLoaded for a broken source or result, InvalidConfig when there is nothing to
-    do, EnvironmentFault when the disk is too small, RenderFailed with the library's complaint.
+    `part`: the source is no whole checkpoint, and keeps its tensors' names. Raises ModelNotLoaded
+    for a broken source or result, EnvironmentFault when the disk is too small, RenderFailed with
+    the library's complaint.
     """
-    begun = time.monotonic()
     tensors = checked_tensors(source)
     before = _weights_by_kind(tensors)
     most = max(before, key=lambda kind: before[kind])
     if most == wtype or (wtype not in _PLAIN and before[wtype]):
-        raise InvalidConfig(f"{source}: its weights are {wtype} already")
+        return {"unchanged": f"its weights are {wtype} already"}
     check_space(target.parent, _most_bytes(tensors, wtype))
-    if threads and hasattr(os, "sched_setaffinity"):  # the library starts as many as it likes
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    _convert(source, target, _NUMBERS[wtype])
+    _convert(source, target, _NUMBERS[wtype], part)
     after = _weights_by_kind(checked_tensors(target))
     if after[wtype] <= before[wtype]:
-        raise InvalidConfig(f"{source}: none of its tensors has a shape that {wtype} can hold")
+        return {"unchanged": f"none of its tensors has a shape that {wtype} can hold"}
     with target.open("rb") as file:
         os.fsync(file.fileno())
-    return {
-        "before": source.stat().st_size,
-        "after": target.stat().st_size,
-        "seconds": round(time.monotonic() - begun, 2),
-    }
+    return {"before": source.stat().st_size, "after": target.stat().st_size}
 
 
 def _weights_by_kind(tensors: list[Tensor]) -> Counter[str]:
@@ -67,7 +60,7 @@ def _most_bytes(tensors: list[Tensor], wtype: str) -> int:
     return sum(max(t.end - t.begin, math.prod(t.shape) * stored // weights) for t in tensors)
 
 
-def _convert(source: Path, target: Path, number: int) -> None:
+def _convert(source: Path, target: Path, number: int, part: bool) -> None:
     import stable_diffusion_cpp as library
 
     from workers.engines.sdcpp_native import Log  # its settings go before the library
@@ -76,7 +69,7 @@ def _convert(source: Path, target: Path, number: int) -> None:
     progress = library.sd_progress_callback(lambda step, steps, seconds, data: None)
     library.sd_set_progress_callback(progress, ctypes.c_void_p(0))  # else it draws a bar
     names = (os.fsencode(source), b"", os.fsencode(target))
-    if not library.convert(*names, number, b"", True):
+    if not library.convert(*names, number, b"", not part):
         raise RenderFailed(f"{source}: not converted: {log.said()}")
 
 
@@ -86,10 +79,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("type", choices=list(_NUMBERS))
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--threads", type=int, help="processors to use")
+    parser.add_argument("--part", action="store_true", help="no whole checkpoint")
     args = parser.parse_args(argv)
+    if args.threads and hasattr(os, "sched_setaffinity"):  # the library takes all it is let
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     try:
-        told = convert(args.source, args.target, args.type, args.threads)
+        told = convert(args.source, args.target, args.type, part=args.part)
     except FarmError as error:
         told = {"code": error.code, "message": error.message}
     except OSError as error:

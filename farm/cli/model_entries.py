@@ -158,14 +158,16 @@ def convert(
     """Make a smaller copy of a model for sdcpp: a GGUF file with weights of another type.
 
     The copy is a model of its own, with the licence, defaults and limits of NAME. It is made
-    once, where a worker's option wtype would pay for it at each start. NAME must be one file,
-    .safetensors or .gguf; as much memory as the copy has bytes is used meanwhile.
+    once, where a worker's option wtype would pay for it at each start. NAME must be a checkpoint
+    of one file or a model in parts, .safetensors or .gguf; of parts, VAE and CLIP stay as they
+    are. As much memory as the copy has bytes is used meanwhile.
     """
     from farm.models.convert import convert as converted
 
-    def begins(source: Path) -> None:
-        size = f"{source.stat().st_size / 1e6:,.1f} MB"
-        note(f"converting {clean(source)}, {size}, to {wtype}; large models take minutes")
+    def begins(*files: Path) -> None:
+        for file in files:
+            note(f"reads {clean(file)}, {file.stat().st_size / 1e6:,.1f} MB")
+        note(f"converting to {wtype}; large models take minutes")
 
     made = converted(settings(), name, wtype, new=new, threads=threads, begins=begins)
     if as_json:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,19 @@ from farm.engines import check_engine
 from farm.errors import EngineCrashed, Invalid, InvalidConfig, by_code
 from farm.models.add import NewEntry, add
 from farm.models.entry import check_free
-from farm.models.place import alone_at
+from farm.models.place import alone_at, check_space
 from farm.weight_files import WTYPES
 
 TYPES = tuple(name for name in WTYPES if name != "default")
 ENGINE = "sdcpp"
+MODEL = "model"
+LARGE = ("diffusion_model", "llm", "t5xxl")
+"""The parts of a model in parts that are worth it; the others are small, and suffer more."""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """`before` and `after`: bytes of the weights' file."""
+    """`path`: the checkpoint, or the directory of the parts; `before`, `after`: bytes of all."""
 
     name: str
     source: str
@@ -53,13 +57,13 @@ def convert(
     *,
     new: str | None = None,
     threads: int | None = None,
-    begins: Callable[[Path], None] = lambda source: None,
+    begins: Callable[..., None] = lambda *files: None,
 ) -> Converted:
     """Make the model `new` (default: NAME-TYPE) out of NAME, its weights of type `wtype`.
 
-    `begins` is told the file that is read, once all is in order and the work begins.
+    `begins` is told the files that are read, once all is in order and the work begins.
     Raises Invalid for a type or a name that will not do, InvalidConfig when the weights of NAME
-    are not one file on this machine, EnvironmentFault when the disk is too small, ModelNotLoaded
+    are not here or a pipeline's, EnvironmentFault when the disk is too small, ModelNotLoaded
     for a broken file, EngineCrashed with the library's last words.
     """
     wtype = wtype.strip().lower()
@@ -68,68 +72,116 @@ def convert(
     check_engine(ENGINE)
     catalog = load_catalog(settings.catalog_path, settings.models_path)
     entry = catalog.get(name)
-    weights, source = _source(catalog, name)
+    source = _source(catalog, name)
     new = new or f"{name}-{wtype}"
-    place = settings.models_path.absolute() / new / ENGINE
-    target = place / f"{new}.gguf"
-    made = _entry(entry, new, weights, target)
+    place = settings.models_path / new / ENGINE
+    made = NewEntry(new, ENGINE, source.entry_weights(place, new), _about(entry))
     made.checked()
     check_free(settings, new)
-    begins(source)
-    place.mkdir(parents=True, exist_ok=True)
+    begins(*source.large.values())
+    place.parent.mkdir(parents=True, exist_ok=True)
     with alone_at(place):
-        for stray in place.glob(".*.part"):  # of a conversion that was killed
-            stray.unlink()
-        part = place / f".{new}.{os.getpid()}.part"
+        staging = place.with_name(f".{ENGINE}.converting")
+        shutil.rmtree(staging, ignore_errors=True)  # of one that was killed
         try:
-            options = ["--threads", threads] if threads else []
-            told = _run(place / f".{new}.log", source, part, wtype, *options)
-            os.replace(part, target)
+            staging.mkdir()
+            told = _fill(staging, source, new, wtype, threads)
+            shutil.rmtree(place, ignore_errors=True)  # of no model: its name was free
+            os.replace(staging, place)
         finally:
-            part.unlink(missing_ok=True)
-            with suppress(OSError):  # it holds something
-                place.rmdir()
+            shutil.rmtree(staging, ignore_errors=True)
     add(settings, made)
-    return Converted(new, name, wtype, target, **told)
+    return Converted(new, name, wtype, Path(made.weights["path"]), *told)
 
 
-def _source(catalog: Catalog, name: str) -> tuple[Weights, Path]:
-    """The one file with all parts of the model. Raises InvalidConfig when there is none."""
+@dataclass(frozen=True)
+class _Source:
+    """`large`: the files that are converted, by the option that names them; a whole checkpoint's
+    is MODEL. `rest`: parts that stay as they are, for they are small and lose most."""
+
+    weights: Weights
+    large: dict[str, Path]
+    rest: dict[str, Path]
+
+    def made(self, part: str, new: str) -> str:
+        """The name of a file of the copy."""
+        if part in self.rest:
+            return f"{part}{self.rest[part].suffix}"
+        return f"{new if part == MODEL else part}.gguf"
+
+    def entry_weights(self, place: Path, new: str) -> dict[str, Any]:
+        """The copy's weights in models.toml."""
+        options = {name: value for name, value in self.weights.options.items() if name != "wtype"}
+        for part in (*self.large, *self.rest):
+            options[part] = self.made(part, new)
+        name = options.pop(MODEL, None)
+        path = place / name if name else place
+        return {"path": str(path), "threads": self.weights.threads, "options": options}
+
+
+def _source(catalog: Catalog, name: str) -> _Source:
+    """The files of a model. Raises InvalidConfig when they are not here, or a pipeline's."""
     engines = catalog.get(name).engines
     weights = engines.get("sdcpp") or engines.get("diffusers")
     if weights is None:
         raise InvalidConfig(f"model {name} has no weights that could be converted")
-    if weights.path is None:
+    path = weights.path
+    if path is None:
         raise InvalidConfig(f"the weights of {name} are not here; first: farm models fetch {name}")
-    if not weights.path.exists():
-        raise InvalidConfig(f"model {name}: there is no {weights.path}")
-    if not weights.path.is_file():
+    if not path.exists():
+        raise InvalidConfig(f"model {name}: there is no {path}")
+    if "sdcpp" not in engines:
+        weights = Weights(path=path)
+    folder = path if path.is_dir() else path.parent
+    options = [(name, value) for name, value in weights.options.items() if isinstance(value, str)]
+    parts = {name: folder / value for name, value in options if (folder / value).is_file()}
+    large = {part: parts.pop(part) for part in LARGE if part in parts}
+    if path.is_file():
+        large[MODEL] = path
+    if not large:
         raise InvalidConfig(
-            f"model {name}: {weights.path} is a directory; only a checkpoint of one file, "
+            f"model {name}: {path} is a directory of a pipeline; only a checkpoint of one file, "
             ".safetensors or .gguf, is converted: farm models add NAME -e sdcpp --path FILE"
         )
-    return weights, weights.path
+    return _Source(weights, large, parts)
 
 
-def _entry(entry: ModelEntry, new: str, weights: Weights, target: Path) -> NewEntry:
-    """What holds of the model still: licence, family, defaults, limits; not its need of memory."""
-    about = entry.model_dump(mode="json", exclude_defaults=True, exclude={"engines", "memory_gb"})
-    kept: dict[str, Any] = {"path": str(target)}
-    if weights is entry.engines.get("sdcpp"):
-        kept |= {"threads": weights.threads, "options": _options(weights)}
-    return NewEntry(new, ENGINE, kept, about)
+def _about(entry: ModelEntry) -> dict[str, Any]:
+    """What holds of the copy too: licence, family, defaults, limits; not the need of memory."""
+    return entry.model_dump(mode="json", exclude_defaults=True, exclude={"engines", "memory_gb"})
 
 
-def _options(weights: Weights) -> dict[str, Any]:
-    """The engine's options, without the type; files beside the old one by their whole path."""
-    folder = weights.path.parent if weights.path else Path()
+def _fill(
+    staging: Path, source: _Source, new: str, wtype: str, threads: int | None
+) -> tuple[int, int, float]:
+    """All files of the copy; bytes before and after, and seconds."""
+    begun = time.monotonic()
+    reasons = []
+    for part, file in source.large.items():
+        target = staging / source.made(part, new)
+        options = ["--threads", threads] if threads else []
+        options += ["--part"] if part != MODEL else []
+        told = _run(staging / ".log", file, target, wtype, *options)
+        if why := told.get("unchanged"):
+            reasons.append(f"{file}: {why}")
+            _same(file, target)
+    if len(reasons) == len(source.large):
+        raise InvalidConfig("; ".join(reasons))
+    for part, file in source.rest.items():
+        _same(file, staging / source.made(part, new))
+    before = sum(f.stat().st_size for f in (*source.large.values(), *source.rest.values()))
+    after = sum(f.stat().st_size for f in staging.iterdir())
+    return before, after, round(time.monotonic() - begun, 2)
 
-    def moved(value: Any) -> Any:
-        return (
-            str(folder / value) if isinstance(value, str) and (folder / value).is_file() else value
-        )
 
-    return {name: moved(value) for name, value in weights.options.items() if name != "wtype"}
+def _same(file: Path, target: Path) -> None:
+    """The same file under another name, a copy where there can be no link."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(file.resolve(), target)
+    except OSError:
+        check_space(target, file.stat().st_size)
+        shutil.copyfile(file, target)
 
 
 def _run(log: Path, *argv: object) -> dict[str, Any]:

@@ -133,13 +133,8 @@ def wanted(listing: Listing, weights: Weights, engine: str) -> Listing:
         files = [f for f in files if any(fnmatchcase(f.name, p) for p in weights.files)]
     if engine == LORA:
         return replace(listing, files=(_of_lora(files),))
-    if engine == "diffusers" and not weights.files:
-        files = list(_of_pipeline(files, weights.variant))
-    elif not weights.files and sum(f.name.endswith(".gguf") for f in files) > 1:
-        names = ", ".join(f.name for f in files if f.name.endswith(".gguf"))
-        raise InvalidConfig(
-            f"several weights are there; say with files = [...] which: {names[:500]}"
-        )
+    if not weights.files:
+        files = list(_of_engine(files, weights, engine))
     safe = {_folder(f) for f in files if f.name.endswith((".safetensors", ".gguf"))}
     files = [f for f in files if not (_is_pickle(f) and _folder(f) in safe)]
     pickles = [f.name for f in files if _is_pickle(f)]
@@ -151,6 +146,20 @@ def wanted(listing: Listing, weights: Weights, engine: str) -> Listing:
     if not files:
         raise InvalidConfig("none of its files is wanted; see files and variant of its entry")
     return replace(listing, files=tuple(files))
+
+
+def _of_engine(files: list[Remote], weights: Weights, engine: str) -> Iterable[Remote]:
+    """What an engine loads where no file was named: a pipeline, the parts, or one checkpoint."""
+    if engine == "diffusers":
+        return _of_pipeline(files, weights.variant)
+    if "diffusion_model" in weights.options:  # stable-diffusion.cpp: a model in parts
+        parts = [part for part in weights.options.values() if isinstance(part, str)]
+        return [f for f in files if f.name in parts]
+    if len(found := [f.name for f in files if f.name.endswith(".gguf")]) > 1:
+        raise InvalidConfig(
+            f"several weights are there; say with files = [...] which: {', '.join(found)[:500]}"
+        )
+    return files
 
 
 def _of_lora(files: list[Remote]) -> Remote:

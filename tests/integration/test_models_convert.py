@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 
 from farm.catalog import Lane, load_catalog
 from tests import sdcpp_models
-from tests.sdcpp_kit import Kit, spec
+from tests.sdcpp_kit import PARTS, Kit, spec
 from workers.engine import EngineConfig
 from workers.engines.checkpoint_files import checked_tensors
 
@@ -37,6 +38,7 @@ path = "PATH"
 threads = 1
 options = { wtype = "f32", rng = "std_default" }
 """
+PARTS_TOML = ", ".join(f'{part} = "{file}"' for part, file in PARTS.items())
 Farm = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -129,6 +131,36 @@ def test_the_copy_is_a_smaller_model_that_renders_alike(
     assert farm("verify", "klein-q8_0").returncode == 1
 
 
+def test_of_a_model_in_parts_the_large_ones_become_smaller(
+    farm: Farm, home: Path, tmp_path: Path, render: Callable[[str], np.ndarray[Any, Any]]
+) -> None:
+    folder = tmp_path / "parts"
+    shutil.copytree(sdcpp_models.klein_parts(), folder)
+    text = ENTRY.replace("PATH", str(folder)).replace('{ wtype = "f32",', f"{{ {PARTS_TOML},")
+    (home / "models.toml").write_text(text)
+    ran = farm("convert", "klein", "--type", "q8_0", "--name", "small")
+    assert ran.returncode == 0, ran.stderr
+    place = home / "models" / "small" / "sdcpp"
+    kinds = {f.name: {t.kind for t in checked_tensors(f)} for f in place.iterdir()}
+    assert set(kinds) == {"diffusion_model.gguf", "llm.gguf", "vae.safetensors"}
+    assert [name for name in sorted(kinds) if "q8_0" in kinds[name]] == sorted(kinds)[:2]
+    assert (place / "vae.safetensors").read_bytes() == (folder / "vae.safetensors").read_bytes()
+    weights = load_catalog(home / "models.toml").get("small").engines["sdcpp"]
+    assert weights.path == place
+    assert weights.options == {
+        "diffusion_model": "diffusion_model.gguf", "llm": "llm.gguf", "vae": "vae.safetensors",
+        "rng": "std_default",
+    }  # fmt: skip
+    assert farm("verify", "small").returncode == 0
+    again = farm("convert", "small", "--type", "q8_0")
+    assert (again.returncode, again.stderr.count("q8_0 already")) == (2, 2)
+    before = render("klein")
+    shutil.rmtree(folder)  # the copy stands on its own
+    apart = np.abs(before - render("small")).mean()
+    print(f"mean difference {apart:.2f} of 255")
+    assert 0 < apart < 5
+
+
 @pytest.mark.parametrize(
     ("args", "named"),
     [
@@ -184,7 +216,7 @@ def test_killed_in_the_middle_nothing_half_is_left(
     argv = [sys.executable, "-m", "farm", "models", "convert", "klein", "--type", "q8_0"]
     process = subprocess.Popen(argv, env=env, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 60
-    while not list(place.glob(".*.log")):  # the child has begun
+    while not (place.parent / ".sdcpp.converting" / ".log").exists():  # the child has begun
         assert time.monotonic() < until
         assert process.poll() is None
         time.sleep(0.001)
@@ -192,7 +224,8 @@ def test_killed_in_the_middle_nothing_half_is_left(
     process.wait()
     assert not list(place.glob("*.gguf"))
     assert (home / "models.toml").read_text() == catalog
-    (place / ".klein-q8_0.999.part").write_bytes(b"half")  # had it come so far
+    half = place.parent / ".sdcpp.converting" / "klein-q8_0.gguf"
+    half.write_bytes(b"half")  # had it come so far
     ran = farm("convert", "klein", "--type", "q8_0")
     assert ran.returncode == 0, ran.stderr
     assert strays(home) == []
