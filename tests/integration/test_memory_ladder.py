@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 
+from farm.catalog import Weights
+from farm.spec import JobSpec
 from farm.store.sessions import Worker
 from tests.farm_kit import FarmKit, engine_child, until
+from workers.child import Child
+from workers.engine import EngineConfig, Pixels
+from workers.messages import Eased, Event, Lesson, Rendered
 
 MODELS = """
 [models.tight]
@@ -133,3 +141,38 @@ def test_a_memory_limit_that_is_no_size_is_said(kit: FarmKit) -> None:
     refused = kit.worker("tight", "fake", "--memory-limit", "much", wait_s=0)
     assert refused.wait(30) == 1
     assert "'much' is no size; such as 8GB, 512MB or 1.5GiB" in kit.log("worker-tight")
+
+
+def test_a_real_engine_takes_its_rung_under_a_real_limit(tmp_path: Path) -> None:
+    """512x512 by diffusers, with 64 MiB more than it has anyway: in tiles only."""
+    pytest.importorskip("diffusers")
+    from tests import models
+
+    def job(side: int) -> JobSpec:
+        told = {"prompt": "a cat", "seed": 1, "steps": 1, "guidance_scale": 1.0}
+        return JobSpec.model_validate({"model": "tiny", "width": side, "height": side, **told})
+
+    weights = Weights(path=models.tiny("sd15"), dtype="float32")
+    config = EngineConfig("diffusers", "tiny", weights, device="cpu", threads=1)
+    free = Child(config)
+    free.start()
+    whole = list(free.render([job(64)]))
+    assert free.pid
+    used = psutil.Process(free.pid).memory_info().data
+    free.close()
+
+    limited = Child(replace(config, memory_limit=used + 64 * 2**20), log=tmp_path / "engine.log")
+    assert limited.start().memory == used + 64 * 2**20
+    events = list(limited.render([job(512)]))
+    assert [e for e in events if isinstance(e, Lesson)] == [
+        Eased("the VAE works picture by picture and in tiles", 1)
+    ]
+    assert isinstance(events[-1], Rendered)
+    again = list(limited.render([job(64)]))
+    limited.close()
+    for one, other in zip(pixels(whole), pixels(again), strict=True):
+        assert np.array_equal(one, other), "one tile holds a small picture"
+
+
+def pixels(events: list[Event]) -> list[Pixels]:
+    return [event.pixels for event in events if isinstance(event, Rendered)]
