@@ -60,7 +60,7 @@ class Blocklist:
     def __call__(self, text: str) -> str:
         whole = folded(text)
         if any(_stands_in(term, whole) for term in self.terms):
-            raise ValueError("it holds a term that this farm blocks")  # which one is not told
+            raise ValueError("a term that this farm blocks")  # which one is not told
         return text
 
 

@@ -14,6 +14,7 @@ from sqlalchemy import select
 
 from farm import local_broker
 from farm.catalog import load_catalog
+from farm.checks import Blocklist
 from farm.config import Settings, load_settings
 from farm.engines import PACKAGES, missing_packages
 from farm.errors import FarmError
@@ -46,7 +47,7 @@ def examine(**flags: Any) -> list[Check]:
         settings = load_settings(**flags)
     except FarmError as error:
         return [*checks, Check("settings", "fail", error.message, "see `farm config show --help`")]
-    checks += [*_disk(settings), *_server(settings), *_catalogue(settings)]
+    checks += [*_disk(settings), *_server(settings), *_catalogue(settings), *_blocklist(settings)]
     try:
         farm = Farm(settings)
     except FarmError as error:
@@ -133,6 +134,15 @@ def _catalogue(settings: Settings) -> Iterator[Check]:
             text = f"its weights for {lane.engine} are not on this machine"
             mend = f"if it shall render here: farm models fetch {lane.model}"
             yield Check(f"model {lane.model}", "warn", text, mend)
+
+
+def _blocklist(settings: Settings) -> list[Check]:
+    found: list[Check] = []
+    if settings.blocklist:
+        with _caught("blocklist", "mend the file, or unset FARM_BLOCKLIST", found):
+            n = len(Blocklist.read(settings.blocklist).terms)
+            found.append(Check("blocklist", "ok", f"{n:,} terms in {settings.blocklist}"))
+    return found
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from farm.store.jobs import Claim
 log = logging.getLogger(__name__)
 THREADS = 8
 MOST_BYTES = 256 * 2**20  # of a bundle, and kept
+TROUBLE_S = 30.0  # how long a fault of the store is told; its jobs come back sooner
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,16 @@ class Inputs:
         self._kept_bytes = 0
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="inputs")
+        self._fault: tuple[float, str] = (
+            0.0,
+            "",
+        )  # the last of the store, and until when it counts
+
+    @property
+    def trouble(self) -> str:
+        """Why jobs with input pictures wait, else nothing."""
+        until, what = self._fault
+        return what if time.monotonic() < until else ""
 
     def fetch(self, claims: Sequence[Claim]) -> Fetched:
         """The pictures of a bundle.
@@ -70,12 +82,17 @@ class Inputs:
                     held += len(found)
             away = next((f for f in faults.values() if isinstance(f, EnvironmentFault)), None)
             if away:  # each of the others would wait as long
-                log.warning("%s; jobs with input pictures go back", away.message)
+                self._note(away.message)
                 faults |= dict.fromkeys(keys[at + THREADS :], away)
                 break
         for claim in claims:
             _sort(claim, fetched, faults)
         return fetched
+
+    def _note(self, what: str) -> None:
+        if what != self.trouble:
+            log.warning("%s; jobs with input pictures go back until it is there", what)
+        self._fault = (time.monotonic() + TROUBLE_S, what)
 
     def _get(self, key: str) -> bytes | FarmError:
         with self._lock:
@@ -94,6 +111,7 @@ class Inputs:
         if sha256(data) != key.removeprefix("inputs/").partition(".")[0]:
             return InvalidParameter(f"its input picture {key} was changed; delete it, {_MEND}")
         self._keep(key, data)
+        self._fault = (0.0, "")
         return data
 
     def _keep(self, key: str, data: bytes) -> None:

@@ -238,7 +238,7 @@ class Runner:
     # ---- called from other threads
 
     def _told(self) -> Beat:
-        trouble = self._keeper.trouble if self._bundle else ""
+        trouble = self._inputs.trouble or (self._keeper.trouble if self._bundle else "")
         state = "waiting" if trouble else "rendering" if self._bundle else "idle"
         return Beat(state, trouble or self._lessons.note, self._rendered, self._speed)
 

@@ -115,6 +115,7 @@ def test_jobs_wait_without_a_failure_while_the_store_is_away(
         until(lambda: kit.farm.history(ref), 60)
         assert kit.farm.history(ref)[0]["code"] == "ERR_STORAGE_UNAVAILABLE"
         assert kit.farm.job(ref).failures == 0
+        until(lambda: [worker.state for worker in kit.farm.workers()] == ["waiting"], 30)
         s3_server.start()
         assert kit.farm.wait(batch.id, 90).counts["succeeded"] == 3
         assert all((rendered(kit, job) == PIXELS).all() for job in kit.farm.pictures(batch.id))

@@ -97,6 +97,14 @@ def test_little_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     assert one("disk").verdict == "fail"
 
 
+def test_a_blocklist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert not found("blocklist")
+    monkeypatch.setenv("FARM_BLOCKLIST", str(tmp_path / "terms.txt"))
+    assert one("blocklist").verdict == "fail"
+    (tmp_path / "terms.txt").write_text("one\ntwo\n")
+    assert one("blocklist").message.startswith("2 terms")
+
+
 def test_a_clock_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     real = time.time
     monkeypatch.setattr(doctor.time, "time", lambda: real() + 60)
@@ -111,6 +119,10 @@ def test_a_backlog_without_a_worker(home: Path) -> None:
         check = next(c for c in found("model shapes") if "wait" in c.message)
         assert (check.verdict, check.message[:6]) == ("warn", "3 jobs")
         assert one("workers").verdict == "warn"
+        farm.submit("a blue star", n=2, engine="diffusers")
+        asked = next(c for c in found("model shapes") if "on diffusers" in c.message)
+        assert asked.message.startswith("2 jobs")
+        assert asked.mend.endswith("farm worker --model shapes --engine diffusers")
         with farm.db.write() as connection:
             sessions.open_session(
                 connection, Lane("shapes", "diffusers"), 60, host="h", pid=1, device="cpu", info={}
