@@ -119,7 +119,7 @@ class Farm:
         Raises InvalidPromptFile with one RowError a bad field; then nothing was queued.
         """
         rows = prompts.prompt_rows([items] if isinstance(items, str) else items)
-        base = Path.cwd() if files else None
+        base = Path() if files else None
         return self._submit(rows, n, params, base, name=name, owner=owner, priority=priority)
 
     def submit_file(
@@ -138,11 +138,11 @@ class Farm:
 
         Its rows name input pictures from its own directory.
         """
-        base = Path.cwd() if files else None
+        base = Path() if files else None
         with contextlib.ExitStack() as stack:
             if isinstance(source, Path | str):
                 path = Path(source)
-                base = base and base / path.parent
+                base = base and path.parent
                 form, name = form or prompts.guess_format(path), name or path.name
                 try:
                     stream: BinaryIO = stack.enter_context(path.open("rb"))
@@ -176,7 +176,8 @@ class Farm:
             raise InvalidParameter(f"unknown field {min(unknown)!r}; known: {', '.join(FIELDS)}")
         given = {k: v for k, v in params.items() if v is not None}
         for field in {"init_image", "mask_image"} & set(given):
-            given[field] = absolute(str(given[field]), Path.cwd()) if base else given[field]
+            if base is not None:
+                given[field] = absolute(str(given[field]), Path.cwd())
         if "model" not in given:
             given["model"] = self.default_model()
         with InputPictures(lambda: self.blobs, self._rendered, base) as pictures:

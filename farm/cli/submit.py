@@ -81,7 +81,7 @@ def submit(
         _job(
             "--init-image",
             metavar="PICTURE",
-            help="Begin with it: a file, blob:KEY, or job:BATCH/INDEX.",
+            help="Begin with it, cut to the size: a file, blob:KEY, or job:BATCH/INDEX.",
         ),
     ] = None,
     mask_image: Annotated[
@@ -114,8 +114,8 @@ def submit(
     """Queue prompts; prints the id of the new batch.
 
     A prompt file has a prompt a line (txt), an object a line (jsonl), or a first
-    line of field names (csv). If any line is wrong, every fault is reported and
-    nothing is queued.
+    line of field names (csv); input pictures are found from its directory. If any
+    line is wrong, every fault is reported and nothing is queued.
     """
     _check_source(prompts, file, form)
     params: dict[str, Any] = {
