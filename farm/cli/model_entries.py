@@ -62,13 +62,14 @@ def add(
 ) -> None:
     """Add a model or a LoRA to models.toml, and to models.lock what its files are.
 
-    A model of a known family gets the family's size, steps and guidance as defaults;
-    they, and limits of your own, can be changed in models.toml.
+    A model of a known family gets the family's size, steps and guidance as
+    defaults; change them, or set limits, in models.toml. For a model that is
+    there already, the weights for another engine are added to it.
     """
     from farm.catalog import LORA
     from farm.models.add import NewEntry
     from farm.models.add import add as added
-    from farm.models.entry import check_free
+    from farm.models.entry import extends
 
     if [repo, path, url].count(None) != 2:
         raise Invalid("give one of --repo, --path and --url")
@@ -95,10 +96,12 @@ def add(
     new = NewEntry(name, engine or LORA, weights, about)
     new.checked()
     conf = settings()
-    check_free(conf, name)
+    more = extends(conf, name, [] if lora else [new.engine])
+    if more and about:
+        raise Invalid(f"{', '.join(about)}: of {name} that stands in models.toml; change it there")
     new, locked = _ask_hub(conf, new) if repo else (new, None)
     place, new = added(conf, new, locked)
-    _tell_added(new, place)
+    _tell_added(new, place, more)
     if as_json:
         print_json({"name": name, "file": str(place), **new.table, "weights": new.weights})
 
@@ -121,9 +124,11 @@ def _check_kind(
         raise Invalid(f"a LoRA has no {', '.join(wrong)}")
 
 
-def _tell_added(new: NewEntry, place: Path) -> None:
-    note(f"added {new.name} to {place}")
-    if told := new.about.get("defaults"):
+def _tell_added(new: NewEntry, place: Path, more: bool) -> None:
+    """`more`: the model was there, and got weights for one more engine."""
+    note(f"added {f'weights for {new.engine}, of ' if more else ''}{new.name}, to {place}")
+    told = new.about.get("defaults")
+    if told and not more:
         size = f"{told['width']}x{told['height']}, {told['steps']} steps"
         note(f"defaults of {new.about['family']}: {size}, guidance {told['guidance_scale']:g}")
     if "path" not in new.weights:
@@ -157,10 +162,11 @@ def convert(
 ) -> None:
     """Make a smaller copy of a model for sdcpp: a GGUF file with weights of another type.
 
-    The copy is a model of its own, with the licence, defaults and limits of NAME. It is made
-    once, where a worker's option wtype would pay for it at each start. NAME must be a checkpoint
-    of one file or a model in parts, .safetensors or .gguf; of parts, VAE and CLIP stay as they
-    are. As much memory as the copy has bytes is used meanwhile.
+    The copy is a model of its own, with the licence, defaults and limits of
+    NAME. It is made once, where a worker's option wtype would pay for it at
+    each start. NAME must be a checkpoint of one file or a model in parts,
+    .safetensors or .gguf; of parts, VAE and CLIP stay as they are. It takes as
+    much memory as the copy has bytes.
     """
     from farm.models.convert import convert as converted
 
@@ -181,9 +187,9 @@ def register(models: typer.Typer) -> None:
     """Put the commands on the group."""
     models.command(
         epilog=examples(
-            "farm models add sd-turbo --repo stabilityai/sd-turbo -e diffusers --variant fp16",
-            "farm models add mine --path /models/mine.gguf -e sdcpp --family sdxl --licence mit",
-            "farm models add pixel-art --lora --for sdxl-base --path pixel-art.safetensors",
+            "farm models add sd-turbo -e diffusers --repo stabilityai/sd-turbo",
+            "farm models add mine -e sdcpp --path mine.gguf --family sdxl",
+            "farm models add felt --lora --for sdxl-base --path felt.safetensors",
         )
     )(add)
     models.command(

@@ -112,7 +112,9 @@ def _limits(entry: Entry) -> list[Field]:
     defaults = f"{told.width}x{told.height}, {told.steps} steps, guidance {told.guidance_scale:g}"
     steps = f"{entry.min_steps} to {entry.max_steps} steps"
     guidance = f"guidance {entry.min_guidance:g} to {entry.max_guidance:g}"
-    need = f"needs {entry.memory_gb:g} GB of the device" if entry.memory_gb else ""
+    need = "not told; as a rule more than its files have"
+    if entry.memory_gb:
+        need = f"{entry.memory_gb:g} GB of the device"
     return [
         ("family", entry.family),
         ("defaults", defaults + (f", {told.scheduler}" if told.scheduler else "")),

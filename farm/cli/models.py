@@ -63,7 +63,8 @@ def verify(
     with transfer_bar() as bar:
         for lane in lanes:
             weights = catalog.weights(lane)
-            bar.start(lane, locked_size(conf, lane, weights), 0)
+            if size := locked_size(conf, lane, weights):
+                bar.start(lane, size, 0)
             found.append(verified(conf, lane, weights, bar.advance))
     faults = [fault for each in found for fault in each.faults]
     if not names:  # what was never brought here cannot have changed here

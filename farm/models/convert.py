@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def convert(
     source = _source(catalog, name)
     new = new or f"{name}-{wtype}"
     place = settings.models_path / new / ENGINE
-    made = NewEntry(new, ENGINE, source.entry_weights(place, new), _about(entry))
+    made = NewEntry(new, ENGINE, {"path": str(place)}, _about(entry))
     made.checked()
     check_free(settings, new)
     begins(*source.large.values())
@@ -85,13 +85,17 @@ def convert(
         shutil.rmtree(staging, ignore_errors=True)  # of one that was killed
         try:
             staging.mkdir()
-            told = _fill(staging, source, new, wtype, threads)
+            begun = time.monotonic()
+            names = _fill(staging, source, new, wtype, threads)
+            sizes = source.size, sum(file.stat().st_size for file in staging.iterdir())
             shutil.rmtree(place, ignore_errors=True)  # of no model: its name was free
             os.replace(staging, place)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+    made = replace(made, weights=source.entry_weights(place, names))
     add(settings, made)
-    return Converted(new, name, wtype, Path(made.weights["path"]), *told)
+    seconds = round(time.monotonic() - begun, 2)
+    return Converted(new, name, wtype, Path(made.weights["path"]), *sizes, seconds)
 
 
 @dataclass(frozen=True)
@@ -103,17 +107,15 @@ class _Source:
     large: dict[str, Path]
     rest: dict[str, Path]
 
-    def made(self, part: str, new: str) -> str:
-        """The name of a file of the copy."""
-        if part in self.rest:
-            return f"{part}{self.rest[part].suffix}"
-        return f"{new if part == MODEL else part}.gguf"
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(f.stat().st_size for f in (*self.large.values(), *self.rest.values()))
 
-    def entry_weights(self, place: Path, new: str) -> dict[str, Any]:
-        """The copy's weights in models.toml."""
-        options = {name: value for name, value in self.weights.options.items() if name != "wtype"}
-        for part in (*self.large, *self.rest):
-            options[part] = self.made(part, new)
+    def entry_weights(self, place: Path, names: dict[str, str]) -> dict[str, Any]:
+        """The copy's weights in models.toml; `names`: of its files."""
+        options = {**self.weights.options, **names}
+        options.pop("wtype", None)
         name = options.pop(MODEL, None)
         path = place / name if name else place
         return {"path": str(path), "threads": self.weights.threads, "options": options}
@@ -148,35 +150,36 @@ def _source(catalog: Catalog, name: str) -> _Source:
 
 def _about(entry: ModelEntry) -> dict[str, Any]:
     """What holds of the copy too: licence, family, defaults, limits; not the need of memory."""
-    return entry.model_dump(mode="json", exclude_defaults=True, exclude={"engines", "memory_gb"})
+    about = entry.model_dump(mode="json", exclude_defaults=True, exclude={"engines", "memory_gb"})
+    return {**about, "defaults": entry.defaults.model_dump(mode="json", exclude_none=True)}
 
 
 def _fill(
     staging: Path, source: _Source, new: str, wtype: str, threads: int | None
-) -> tuple[int, int, float]:
-    """All files of the copy; bytes before and after, and seconds."""
-    begun = time.monotonic()
-    reasons = []
+) -> dict[str, str]:
+    """Make all files of the copy; their names. Raises InvalidConfig if nothing would change."""
+    names, same, reasons = {}, dict(source.rest), []
     for part, file in source.large.items():
-        target = staging / source.made(part, new)
+        target = staging / f"{new if part == MODEL else part}.gguf"
         options = ["--threads", threads] if threads else []
         options += ["--part"] if part != MODEL else []
         told = _run(staging / ".log", file, target, wtype, *options)
         if why := told.get("unchanged"):
             reasons.append(f"{file}: {why}")
-            _same(file, target)
-    if len(reasons) == len(source.large):
+            target.unlink(missing_ok=True)
+            same[part] = file
+        else:
+            names[part] = target.name
+    if not names:
         raise InvalidConfig("; ".join(reasons))
-    for part, file in source.rest.items():
-        _same(file, staging / source.made(part, new))
-    before = sum(f.stat().st_size for f in (*source.large.values(), *source.rest.values()))
-    after = sum(f.stat().st_size for f in staging.iterdir())
-    return before, after, round(time.monotonic() - begun, 2)
+    for part, file in same.items():
+        names[part] = f"{new if part == MODEL else part}{file.suffix}"
+        _same(file, staging / names[part])
+    return names
 
 
 def _same(file: Path, target: Path) -> None:
     """The same file under another name, a copy where there can be no link."""
-    target.unlink(missing_ok=True)
     try:
         os.link(file.resolve(), target)
     except OSError:
@@ -192,16 +195,14 @@ def _run(log: Path, *argv: object) -> dict[str, Any]:
         code = child.wait()
     finally:
         child.kill()
+        child.wait()
     lines = log.read_text("utf-8", "replace").split("\n")
     log.unlink()
-    last = [line for line in lines if line.strip()][-1:] or [""]
-    try:
-        told: dict[str, Any] = json.loads(last[0])
-    except ValueError:
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    if code not in (0, 1) or not last.startswith("{"):
         how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
-        raise EngineCrashed(
-            f"the conversion ended {how}; its last words: {last[0][:500]}"
-        ) from None
+        raise EngineCrashed(f"the conversion ended {how}; its last words: {last[:500]}")
+    told: dict[str, Any] = json.loads(last)
     if code:
         raise by_code(told["code"], told["message"])
     return told

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from farm.catalog import load_catalog, parsed
+from farm.catalog import DEMO, load_catalog, parsed
 from farm.config import Settings
 from farm.errors import Invalid, InvalidConfig
 from farm.models.lock import alone, write_whole
@@ -22,15 +22,17 @@ def catalog_file(settings: Settings) -> Path:
 
 
 def append_entry(settings: Settings, kind: Kind, name: str, entry: Mapping[str, Any]) -> Path:
-    """Append an entry; the models.toml. `entry`: what the TOML shall say, nothing checked yet.
+    """Append an entry, or to a model that is there the engines it has not; the models.toml.
 
-    Raises Invalid when the name is taken, InvalidConfig when the file would not be read again.
+    `entry`: what the TOML shall say, nothing checked yet. Raises Invalid when the name is taken,
+    InvalidConfig when the file would not be read again.
     """
     path = catalog_file(settings)
     path.parent.mkdir(parents=True, exist_ok=True)
     with alone(path.parent):
         text = _read(path)
-        check_free(settings, name)
+        if extends(settings, name, entry.get("engines", {})):
+            entry = {"engines": entry["engines"]}
         text += ("" if not text or text.endswith("\n") else "\n") + ("\n" if text else "")
         text += entry_text(kind, name, entry)
         try:
@@ -44,6 +46,18 @@ def append_entry(settings: Settings, kind: Kind, name: str, entry: Mapping[str, 
     return path
 
 
+def extends(settings: Settings, name: str, engines: Iterable[str]) -> bool:
+    """Whether there is such a model, of the file, and these engines are new to it.
+
+    Raises Invalid when the name is taken otherwise.
+    """
+    model = load_catalog(settings.catalog_path).models.get(name, DEMO)
+    if model is not DEMO and engines and not set(engines) & set(model.engines):
+        return True
+    check_free(settings, name)
+    return False
+
+
 def check_free(settings: Settings, name: str) -> None:
     """Raises Invalid when a model or a LoRA has the name."""
     catalog = load_catalog(settings.catalog_path)
@@ -55,7 +69,7 @@ def check_free(settings: Settings, name: str) -> None:
 def entry_text(kind: Kind, name: str, entry: Mapping[str, Any]) -> str:
     """The entry as TOML: a table, and one for each engine; what is empty is left out."""
     rest = {key: value for key, value in entry.items() if key != "engines"}
-    lines = [f"[{kind}.{name}]", *_pairs(rest)]
+    lines = [f"[{kind}.{name}]", *_pairs(rest)] if rest else []
     for engine, weights in entry.get("engines", {}).items():
         lines += [f"[{kind}.{name}.engines.{engine}]", *_pairs(weights)]
     return "\n".join(lines) + "\n"

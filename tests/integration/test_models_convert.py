@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from farm.catalog import Lane, load_catalog
+from farm.catalog import Defaults, Lane, Weights, load_catalog
 from tests import sdcpp_models
 from tests.sdcpp_kit import PARTS, Kit, spec
 from workers.engine import EngineConfig
@@ -191,6 +192,19 @@ def test_a_quantised_one_is_not_quantised_alike_again(farm: Farm, home: Path) ->
     assert farm("convert", "klein", "--type", "q4_0", "--name", "small").returncode == 0
     kinds = {t.kind for t in checked_tensors(home / "models/small/sdcpp/small.gguf")}
     assert "q4_0" in kinds
+
+
+def test_a_checkpoint_of_diffusers_becomes_one_for_sdcpp(farm: Farm, home: Path) -> None:
+    text = (home / "models.toml").read_text()
+    text = text.replace("engines.sdcpp", "engines.diffusers")
+    text = re.sub(r"(defaults|sizes|max_steps) = .*\n", "", text)
+    (home / "models.toml").write_text(text.replace("options", 'dtype = "float16"\noptions'))
+    ran = farm("convert", "klein", "--type", "q5_1")
+    assert ran.returncode == 0, ran.stderr
+    model = load_catalog(home / "models.toml").get("klein-q5_1")
+    file = home / "models" / "klein-q5_1" / "sdcpp" / "klein-q5_1.gguf"
+    assert model.engines == {"sdcpp": Weights(path=file)}  # options were the other engine's
+    assert model.defaults == Defaults()  # the model's, not its family's
 
 
 @pytest.mark.parametrize("how", ["truncated", "noise", "pickle"])

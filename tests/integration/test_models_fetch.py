@@ -247,6 +247,21 @@ def test_add_takes_what_is_said_of_a_model(farm: Farm, home: Path, tmp_path: Pat
     assert (ran.code, "family" in ran.err) == (2, True)
 
 
+def test_a_model_gets_weights_for_another_engine(farm: Farm, home: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    more = ["models", "add", "tiny", "-e", "sdcpp", "--path", "tiny.gguf"]
+    assert farm(*more, "--licence", "mit").code == 2  # that stands there
+    ran = farm(*more)
+    assert ran.code == 0, ran.err
+    assert "added weights for sdcpp, of tiny, to" in ran.err
+    entry = load_catalog(home / "models.toml").get("tiny")
+    assert (list(entry.engines), entry.terms) == (["diffusers", "sdcpp"], "be kind")
+    assert farm("models", "verify", "tiny", "--json").json["files"] == 1
+    assert farm(*more).code == 2  # again
+    built_in = farm("models", "add", "shapes", "-e", "sdcpp", "--path", "tiny.gguf")
+    assert (built_in.code, "there is a model shapes" in built_in.err) == (2, True)
+
+
 def test_a_lora_has_a_place_beside_the_models(
     farm: Farm, hub: Hub, home: Path, tmp_path: Path
 ) -> None:
