@@ -110,6 +110,57 @@ def vae_decoder() -> Shapes:
     return found
 
 
+def vae_encoder() -> Shapes:
+    """The library has its width fixed: 34 million parameters, 69 MB."""
+    found: Shapes = {}
+
+    def conv(name: str, n_in: int, n_out: int, side: int = 3) -> None:
+        found[f"{name}.weight"], found[f"{name}.bias"] = (n_out, n_in, side, side), (n_out,)
+
+    def norm(name: str, width: int) -> None:
+        found[f"{name}.weight"], found[f"{name}.bias"] = (width,), (width,)
+
+    def residual(name: str, n_in: int, n_out: int) -> None:
+        norm(f"{name}.norm1", n_in)
+        conv(f"{name}.conv1", n_in, n_out)
+        norm(f"{name}.norm2", n_out)
+        conv(f"{name}.conv2", n_out, n_out)
+        if n_in != n_out:
+            conv(f"{name}.nin_shortcut", n_in, n_out, 1)
+
+    width = 128
+    conv("encoder.conv_in", 3, width)
+    for level, times in enumerate((1, 2, 4, 4)):
+        for block in range(2):
+            residual(f"encoder.down.{level}.block.{block}", width, 128 * times)
+            width = 128 * times
+        if level < 3:
+            conv(f"encoder.down.{level}.downsample.conv", width, width)
+    for part in ("block_1", "block_2"):
+        residual(f"encoder.mid.{part}", width, width)
+    norm("encoder.mid.attn_1.norm", width)
+    for part in ("q", "k", "v", "proj_out"):
+        conv(f"encoder.mid.attn_1.{part}", width, width, 1)
+    norm("encoder.norm_out", width)
+    conv("encoder.conv_out", width, 2 * LATENT)
+    conv("quant_conv", 2 * LATENT, 2 * LATENT, 1)
+    return found
+
+
+def lora_shapes(hidden: int = HIDDEN, rank: int = 4) -> Shapes:
+    """Of a LoRA for the transformer, or for one of another width."""
+    found: Shapes = {}
+    for layer, n_in, n_out in (
+        ("double_blocks.0.img_attn.qkv", hidden, 3 * hidden),
+        ("double_blocks.0.img_mlp.0", hidden, 6 * hidden),
+        ("single_blocks.0.linear1", hidden, 9 * hidden),
+        ("single_blocks.0.linear2", 4 * hidden, hidden),
+    ):
+        found[f"diffusion_model.{layer}.lora_A.weight"] = (rank, n_in)
+        found[f"diffusion_model.{layer}.lora_B.weight"] = (n_out, rank)
+    return found
+
+
 def tensors(shapes: Shapes, seed: int = 0) -> Tensors:
     """Noise of a sane scale; norms are ones and biases zeros."""
     made: Tensors = {}
@@ -161,6 +212,19 @@ def whole(seed: int = 0) -> Tensors:
 def klein(seed: int = 0) -> Path:
     """A whole model in one safetensors file; to be read, not changed."""
     return write(_home() / f"klein-{seed}.safetensors", whole(seed))
+
+
+@functools.cache
+def klein_with_encoder() -> Path:
+    """The same model, whose VAE reads pictures too: 87 MB."""
+    encoder = prefixed(VAE, tensors(vae_encoder()))
+    return write(_home() / "klein-with-encoder.safetensors", whole() | encoder)
+
+
+@functools.cache
+def lora(seed: int = 0) -> Path:
+    """A LoRA for the model, in one safetensors file; to be read, not changed."""
+    return write(_home() / f"lora-{seed}.safetensors", tensors(lora_shapes(), seed))
 
 
 @functools.cache

@@ -40,7 +40,7 @@ from workers.engines.memory_limit import limit_memory
 from workers.engines.sdcpp_arguments import arguments, clip_skip_of, steps_of, text_refusal
 from workers.engines.sdcpp_loras import Loras
 from workers.engines.sdcpp_native import Context, Log, build
-from workers.engines.sdcpp_options import OWN_TILES, SdcppOptions, options_of
+from workers.engines.sdcpp_options import OWN_TILES, SMALL_TILES, SdcppOptions, options_of
 
 TEST_SIDE = 72
 """Of the self-test's picture, in pixels: what the library rounds it up to tells the multiple."""
@@ -90,10 +90,11 @@ class SdcppEngine:
         return [self._one(job, watch, inputs) for job in jobs]
 
     def ease(self) -> str | None:
-        if self._tile:
+        if self._tile == SMALL_TILES:
             return None
-        self._tile = OWN_TILES
-        return "the VAE reads and writes pictures in tiles"
+        self._tile = SMALL_TILES if self._tile else OWN_TILES
+        small = "small " if self._tile == SMALL_TILES else ""
+        return f"the VAE reads and writes pictures in {small}tiles"
 
     def close(self) -> None:
         if self._context:

@@ -26,6 +26,7 @@ import numpy as np
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when the library is loaded:
 # threads that spin while they wait make a render on a busy machine 2 to 6 times slower
+os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # a debugger's words would hide why it aborted
 import stable_diffusion_cpp as library
 
 from farm.errors import ModelNotLoaded, OutOfMemory, RenderFailed

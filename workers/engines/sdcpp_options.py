@@ -39,6 +39,7 @@ OWN_TILES = "0x0"
 """Tiles of the library's own choice."""
 LEAST_TILE, MOST_TILE = 16, 512
 """Sides of a VAE tile, in latent pixels (one is 8 or 16 of the picture)."""
+SMALL_TILES = f"{LEAST_TILE}x{LEAST_TILE}"
 
 
 @dataclass(frozen=True)
