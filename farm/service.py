@@ -38,7 +38,7 @@ from farm.prompts import Defaults, Row
 from farm.spec import FIELDS, JobSpec
 from farm.states import JobState
 from farm.store import batches, jobs, reads, schema, sessions
-from farm.store.batches import BatchStatus
+from farm.store.batches import BatchStatus, Once
 from farm.store.db import Database
 from farm.store.ids import JobRef
 from farm.store.reads import Job
@@ -110,17 +110,21 @@ class Farm:
         owner: str = "",
         priority: int = 0,
         files: bool = True,
+        once: Once | None = None,
         **params: Any,
     ) -> BatchStatus:
         """Queue prompts (texts, or mappings of JobSpec fields), `n` pictures of each.
 
         `params` are JobSpec fields that every row inherits. Input pictures are files (from the
         current directory, unless not `files`), `blob:KEY` or `job:BATCH/INDEX`.
+        With `once`, look with `made_by` first; a second submit raises SubmitInProgress.
         Raises InvalidPromptFile with one RowError a bad field; then nothing was queued.
         """
         rows = prompts.prompt_rows([items] if isinstance(items, str) else items)
         base = Path() if files else None
-        return self._submit(rows, n, params, base, name=name, owner=owner, priority=priority)
+        return self._submit(
+            rows, n, params, base, name=name, owner=owner, priority=priority, once=once
+        )
 
     def submit_file(
         self,
@@ -132,6 +136,7 @@ class Farm:
         owner: str = "",
         priority: int = 0,
         files: bool = True,
+        once: Once | None = None,
         **params: Any,
     ) -> BatchStatus:
         """Queue a prompt file (jsonl, csv or txt by its ending or `form`); see `submit`.
@@ -151,7 +156,9 @@ class Farm:
             else:
                 stream = source
             rows = prompts.read_rows(stream, form or "jsonl")
-            return self._submit(rows, n, params, base, name=name, owner=owner, priority=priority)
+            return self._submit(
+                rows, n, params, base, name=name, owner=owner, priority=priority, once=once
+            )
 
     def add_input(self, data: bytes) -> str:
         """Store an input picture (a PNG, JPEG or WebP file); its key, which rows name `blob:KEY`.
@@ -245,10 +252,18 @@ class Farm:
         with self.db.read() as connection:
             return batches.status(connection, batch_id)
 
-    def batches(self, limit: int = 20) -> list[BatchStatus]:
-        """The newest batches first."""
+    def made_by(self, owner: str, once: Once) -> BatchStatus | None:
+        """The batch that this request made before; raises KeyReused and SubmitInProgress."""
         with self.db.read() as connection:
-            return batches.recent(connection, limit)
+            found = batches.made_by(connection, owner, once)
+            return batches.status(connection, found) if found else None
+
+    def batches(
+        self, limit: int = 20, *, before: str | None = None, owner: str | None = None
+    ) -> list[BatchStatus]:
+        """The newest batches first: those older than the batch `before`, those of an owner."""
+        with self.db.read() as connection:
+            return batches.recent(connection, limit, before=before, owner=owner)
 
     def job(self, ref: JobRef | str) -> Job:
         with self.db.read() as connection:
@@ -327,7 +342,7 @@ class Farm:
         done: Callable[[Path], None] = lambda path: None,
     ) -> int:
         """Write the batch's pictures and BATCH.jsonl into a directory; how many. Resumable."""
-        return results.download(self.blobs, self.pictures(batch_id), Path(directory), done)
+        return results.download(self.fetch, self.pictures(batch_id), Path(directory), done)
 
     def contact_sheet(self, batch_id: str, path: Path | str, *, most: int = 200) -> int:
         """One picture that shows the batch's first `most`; how many it shows."""

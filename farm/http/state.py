@@ -1,0 +1,41 @@
+"""What every request finds: the farm, who may enter, and the looks that waiting requests share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from anyio import CapacityLimiter
+from fastapi import Depends, Request
+
+from farm.http.live import Looks
+from farm.http.metrics import Metrics
+from farm.service import Farm
+from farm.store.batches import BatchStatus
+from farm.store.ids import JobRef
+from farm.store.reads import Job
+
+LONG_AT_ONCE = 4  # long works (submits, cancels of whole batches); the others wait, looks do not
+
+
+class State:
+    """One server's state. `open`: no token is asked for, since only this machine can ask."""
+
+    def __init__(self, farm: Farm, *, open: bool) -> None:
+        self.farm = farm
+        self.open = open
+        self.stopping = False
+        self.batches = Looks[str, BatchStatus](farm.status)
+        self.jobs = Looks[JobRef, Job](farm.job)
+        self.metrics = Metrics(farm.db)
+        self.long = CapacityLimiter(LONG_AT_ONCE)
+
+    def is_stopping(self) -> bool:
+        return self.stopping
+
+
+def _here(request: Request) -> State:
+    state: State = request.app.state.here
+    return state
+
+
+Here = Annotated[State, Depends(_here)]
