@@ -102,7 +102,8 @@ class InputPictures:
     """The input pictures of one submit: each distinct one is read, checked and stored once.
 
     `blobs` opens the blob store. `rendered` gives the file of a job's picture by the job's name.
-    `base`: the directory of relative paths; None: no local file may be named.
+    `base`: the directory of relative paths; None: the rows came from elsewhere, and may name no
+    local file and no object of the store but input pictures.
     Uploads go on in threads; `settle` waits until all that was taken is stored.
     """
 
@@ -151,10 +152,12 @@ class InputPictures:
         except (BlobNotFound, BlobDamaged, Invalid) as error:
             raise InvalidParameter(error.message) from None
         if self._base is None:
-            raise InvalidParameter("files of this machine cannot be named here; give blob:KEY")
+            raise InvalidParameter("files of this machine cannot be named here: upload it first")
         return read_file(self._base / given)
 
     def _stored(self, key: str) -> bytes:
+        if self._base is None and not re.fullmatch(INPUT_PATTERN, key):
+            raise InvalidParameter("only an uploaded picture can be named here: blob:inputs/...")
         try:
             found = self._blobs().stat(check_key(key))
         except ValueError as error:

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -116,7 +116,8 @@ class Farm:
         """Queue prompts (texts, or mappings of JobSpec fields), `n` pictures of each.
 
         `params` are JobSpec fields that every row inherits. Input pictures are files (from the
-        current directory, unless not `files`), `blob:KEY` or `job:BATCH/INDEX`.
+        current directory), `blob:KEY` or `job:BATCH/INDEX`; for rows that came from elsewhere, not
+        `files`: blob:KEY of what `add_input` stored, and jobs of the same owner.
         With `once`, look with `made_by` first; a second submit raises SubmitInProgress.
         Raises InvalidPromptFile with one RowError a bad field; then nothing was queued.
         """
@@ -187,7 +188,8 @@ class Farm:
                 given[field] = absolute(str(given[field]), Path.cwd())
         if "model" not in given:
             given["model"] = self.default_model()
-        with InputPictures(lambda: self.blobs, self._rendered, base) as pictures:
+        rendered = partial(self._rendered, owner=None if base else about["owner"])
+        with InputPictures(lambda: self.blobs, rendered, base) as pictures:
             defaults = Defaults(given, n, pictures.take, self.checks)
             stream = _checked(prompts.make_specs(rows, defaults, self.catalog))
             batch_id = self._queue(stream, pictures.settle, about)
@@ -220,10 +222,15 @@ class Farm:
                 batches.release(connection, batch_id, total)
         return batch_id
 
-    def _rendered(self, name: str) -> bytes:
-        """The picture of a job named BATCH/INDEX, or as its downloaded file, BATCH-INDEX."""
+    def _rendered(self, name: str, owner: str | None) -> bytes:
+        """The picture of a job named BATCH/INDEX, or as its downloaded file, BATCH-INDEX.
+
+        Raises NotFound, also for another's job where an `owner` is given.
+        """
         batch, _, place = name.replace("-", "/").partition("/")
         job = self.job(f"{self.find(batch)}/{place}")
+        if owner is not None and self.status(job.batch_id).owner != owner:
+            raise NotFound(f"no job {name[:60]!r} of this owner")
         if not job.object_key:
             raise NotFound(f"job {job.id} is {job.state}: it has no picture")
         return self.fetch(job)

@@ -35,6 +35,14 @@ def pictures(blobs: Counted, tmp_path: Path) -> Iterator[InputPictures]:
         yield pictures
 
 
+@pytest.fixture
+def farm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Farm]:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with Farm.open(home=tmp_path / "home") as farm:
+        yield farm
+
+
 # ---- from a row to the store
 
 
@@ -137,9 +145,23 @@ def test_without_a_base_no_local_file_is_read(blobs: Counted, tmp_path: Path) ->
     (tmp_path / "a.png").write_bytes(picture())
     with (
         InputPictures(lambda: blobs, lambda name: b"", None) as pictures,
-        pytest.raises(InvalidParameter, match="blob:KEY"),
+        pytest.raises(InvalidParameter, match="upload it first"),
     ):
         pictures.take(str(tmp_path / "a.png"))
+
+
+def test_rows_from_elsewhere_name_uploads_and_their_owner_s_jobs_only(farm: Farm) -> None:
+    (job,) = farm.jobs(farm.submit("a", owner="ann").id)
+    farm.blobs.put("pictures/a.png", picture(), "image/png")
+    for given, owner, why in (
+        ("blob:pictures/a.png", "ann", "uploaded"),
+        (f"job:{job.id}", "bob", "of this owner"),
+        (f"job:{job.id}", "", "of this owner"),
+        (f"job:{job.id}", "ann", "is queued: it has no picture"),
+    ):
+        with pytest.raises(InvalidPromptFile) as caught:
+            farm.submit([{"prompt": "b", "init_image": given}], owner=owner, files=False)
+        assert why in caught.value.errors[0].got
 
 
 def test_only_paths_are_made_absolute(tmp_path: Path) -> None:
@@ -150,14 +172,6 @@ def test_only_paths_are_made_absolute(tmp_path: Path) -> None:
 
 
 # ---- the whole submit
-
-
-@pytest.fixture
-def farm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Farm]:
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    with Farm.open(home=tmp_path / "home") as farm:
-        yield farm
 
 
 def test_relative_paths_begin_where_they_were_written(farm: Farm, tmp_path: Path) -> None:
