@@ -25,7 +25,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -235,15 +235,15 @@ class Catalog:
     def get(self, name: str) -> ModelEntry:
         """Raises UnknownModel, which names those that exist."""
         if name not in self.models:
-            near = difflib.get_close_matches(name, self.models, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            known = ", ".join(sorted(self.models))
-            raise UnknownModel(f"no model {name[:80]!r} in the catalogue, there are: {known}{hint}")
+            raise _unknown("model", name, self.models)
         return self.models[name]
 
     def entry(self, name: str) -> ModelEntry | LoraEntry:
         """The model or LoRA of that name. Raises UnknownModel."""
-        return self.loras.get(name) or self.get(name)
+        found: dict[str, ModelEntry | LoraEntry] = {**self.models, **self.loras}
+        if name not in found:
+            raise _unknown("model or LoRA", name, found)
+        return found[name]
 
     def lanes(self) -> list[Lane]:
         return [Lane(name, engine) for name, m in self.models.items() for engine in m.engines]
@@ -264,6 +264,13 @@ class Catalog:
                 + ", ".join(found)
             )
         return found[lane.engine]
+
+
+def _unknown(what: str, name: str, known: Collection[str]) -> UnknownModel:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    names = ", ".join(sorted(known))
+    return UnknownModel(f"no {what} {name[:80]!r} in the catalogue, there are: {names}{hint}")
 
 
 class _File(_Entry):

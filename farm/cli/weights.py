@@ -35,14 +35,15 @@ def catalog_of(conf: Settings) -> Catalog:
 
 def lanes_of(catalog: Catalog, names: list[str], engine: str | None = None) -> list[Lane]:
     """The lanes of the named models, and Lane(NAME, LORA) for LoRAs. Raises UnknownModel."""
-    from farm.catalog import LORA, Lane
+    from farm.catalog import LORA, Lane, LoraEntry
 
     lanes = []
     for name in dict.fromkeys(names):
-        if name in catalog.loras:
+        entry = catalog.entry(name)
+        if isinstance(entry, LoraEntry):
             lanes.append(Lane(name, LORA))
             continue
-        engines = [engine] if engine else list(catalog.get(name).engines)
+        engines = [engine] if engine else list(entry.engines)
         lanes += [Lane(name, each) for each in engines]
     for lane in lanes:
         catalog.weights(lane)

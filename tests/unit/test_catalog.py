@@ -130,6 +130,8 @@ def test_a_lora_stands_beside_the_models(tmp_path: Path) -> None:
     assert Lane("pixel-art", LORA) not in catalog.lanes()
     with pytest.raises(UnknownModel):
         catalog.get("pixel-art")
+    with pytest.raises(UnknownModel, match=r"no model or LoRA .*did you mean pixel-art\?"):
+        catalog.entry("pixle-art")
 
 
 def test_a_fetched_lora_comes_as_its_one_file(tmp_path: Path) -> None:
