@@ -1,5 +1,8 @@
 """Any text-to-image DiffusionPipeline of the diffusers library, pinned and loaded.
 
+One load serves text-to-image, image-to-image and inpainting (diffusers_kinds), LoRAs by name
+(diffusers_loras) and prompts of any length that the model can read (diffusers_text).
+
 A micro-batch is one call of the pipeline with lists of prompts, negatives and generators; each
 job's noise comes from its own generator on the CPU, seeded anew for each attempt. At one size of
 micro-batch a picture is then bit-equal whatever its neighbours; between sizes float32 differs by
@@ -13,9 +16,8 @@ cannot hold both, and a picture must not depend on its neighbours.
 
 from __future__ import annotations
 
-import copy
 import gc
-import inspect
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,17 +28,26 @@ from farm.errors import (
     BadImage,
     EngineCrashed,
     FarmError,
+    Invalid,
     InvalidConfig,
     InvalidParameter,
     ModelNotLoaded,
     OutOfMemory,
     PictureBlocked,
 )
-from farm.samplers import SAMPLERS
 from farm.spec import JobSpec
 from workers.engine import NO_INPUTS, EngineConfig, EngineInfo, Inputs, Pixels, Watch, said
-from workers.engines.diffusers_load import load, versions
+from workers.engines import diffusers_kinds as kinds
+from workers.engines.diffusers_kinds import Pictures, Pipeline, Pipelines
+from workers.engines.diffusers_load import dtype_told, load, versions
+from workers.engines.diffusers_loras import Loras
+from workers.engines.diffusers_memory import Easing, default_side, first_cap
+from workers.engines.diffusers_schedulers import new_scheduler
+from workers.engines.diffusers_text import Size, Texts, texts
+from workers.engines.diffusers_vae import retry_in_float32
 
+NO_MEMORY = ("DefaultCPUAllocator", "could not create a primitive")
+"""How a CPU's lack of memory is told: by torch's allocator, and by oneDNN under a limit."""
 SELF_TEST_SIDE, SELF_TEST_STEPS = 64, 4  # PNDM fails with fewer than four
 
 
@@ -51,12 +62,24 @@ class Floats:
     refused: Sequence[bool]
 
 
+@dataclass(frozen=True)
+class Group:
+    """Jobs of one call of a pipeline: their texts are of one size."""
+
+    jobs: Sequence[JobSpec]
+    pictures: Sequence[Pictures]
+    size: Size
+
+
 class DiffusersEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._pipe: Any = None
         self._scheduler: Any = None  # as the model came, never used itself
-        self._accepts: dict[str, inspect.Parameter] = {}
+        self._pipelines: Pipelines
+        self._texts: Texts
+        self._loras: Loras
+        self._easing: Easing
 
     def load(self) -> EngineInfo:
         """Check every file, load, and render a first small picture."""
@@ -67,46 +90,93 @@ class DiffusersEngine:
             torch.backends.cudnn.deterministic = True
         loaded = load(self._config)
         self._pipe, self._scheduler = loaded.pipeline, loaded.pipeline.scheduler
-        self._accepts = dict(inspect.signature(type(self._pipe).__call__).parameters)
-        if "prompt" not in self._accepts or "generator" not in self._accepts:
-            raise InvalidConfig(f"{type(self._pipe).__name__} is no text-to-image pipeline")
+        self._easing = loaded.easing
+        self._prepare()
         self._self_test()
-        device = str(loaded.device)
+        cap = first_cap(self._config, loaded.device, self._render_alike)
         return EngineInfo(
-            device, self._config.cap(device), loaded.weights_sha256, self._versions(device)
+            str(loaded.device),
+            cap,
+            loaded.weights_sha256,
+            self._versions(str(loaded.device)),
+            memory=loaded.memory,
+            loras=self._loras.sha256,
         )
+
+    def _prepare(self) -> None:
+        """What stands around the loaded pipeline."""
+        self._pipelines = Pipelines(self._pipe)
+        base = self._pipelines.get("text-to-image")
+        if "prompt" not in base.accepts or "generator" not in base.accepts:
+            raise InvalidConfig(f"{type(self._pipe).__name__} is no text-to-image pipeline")
+        self._texts = texts(base, self._config.strict)
+        self._loras = Loras(self._pipe, self._config.loras)
+        if hasattr(self._pipe, "vae"):
+            retry_in_float32(self._pipe.vae)
 
     def render(
         self, jobs: Sequence[JobSpec], watch: Watch, inputs: Inputs = NO_INPUTS
     ) -> Sequence[Pixels | FarmError]:
-        floats = self.render_floats(jobs, watch)
+        results: dict[int, Pixels | FarmError] = {}
+        groups: defaultdict[Size, dict[int, Pictures]] = defaultdict(dict)
+        for place, job in enumerate(jobs):
+            try:
+                groups[self._texts.size(job)][place] = kinds.pictures_of(job, inputs)
+            except Invalid as error:
+                results[place] = error
+        for number, (size, given) in enumerate(groups.items()):
+            short = len(jobs) - len(given) if self._config.strict else 0
+            places = [*given, *[max(given)] * short]
+            group = Group([jobs[p] for p in places], [given[p] for p in places], size)
+            made = self._pixels(group, _Part(watch, number, len(groups)))
+            results |= zip(given, made, strict=False)
+        return [results[place] for place in range(len(jobs))]
+
+    def _pixels(self, group: Group, watch: Watch) -> Sequence[Pixels | FarmError]:
+        floats = self._floats(group, watch)
         height, width = floats.images.shape[2:]
-        if (width, height) != (jobs[0].width, jobs[0].height):
-            asked = f"size {jobs[0].width}x{jobs[0].height}"
-            return [InvalidParameter(f"{asked}: this model gives {width}x{height}")] * len(jobs)
+        first = group.jobs[0]
+        if (width, height) != (first.width, first.height):
+            told = f"size {first.width}x{first.height}: this model gives {width}x{height}"
+            return [InvalidParameter(told)] * len(group.jobs)
         finite = floats.images.isfinite().flatten(1).all(1).tolist()
-        pixels = to_pixels(floats.images)
         return [
             PictureBlocked()
             if refused
             else picture
             if good
             else BadImage("the picture has NaN values")
-            for picture, good, refused in zip(pixels, finite, floats.refused, strict=True)
+            for picture, good, refused in zip(
+                to_pixels(floats.images), finite, floats.refused, strict=True
+            )
         ]
 
-    def render_floats(self, jobs: Sequence[JobSpec], watch: Watch) -> Floats:
-        """The micro-batch before it is rounded to bytes; raises as `render` does."""
+    def render_floats(
+        self, jobs: Sequence[JobSpec], watch: Watch, inputs: Inputs = NO_INPUTS
+    ) -> Floats:
+        """Jobs of one text size, before they are rounded to bytes; raises as `render` does."""
+        pictures = [kinds.pictures_of(job, inputs) for job in jobs]
+        return self._floats(Group(jobs, pictures, self._texts.size(jobs[0])), watch)
+
+    def _floats(self, group: Group, watch: Watch) -> Floats:
         failure: FarmError | None = None
-        self._pipe.scheduler = self._new_scheduler(jobs[0].scheduler)
+        first = group.jobs[0]
+        if kinds.comes_back(first):
+            watch.step(1, 1)
+            return Floats(kinds.floats(group.pictures), [False] * len(group.jobs))
+        chosen = self._pipelines.get(first.kind)
+        chosen.pipe.scheduler = new_scheduler(self._scheduler, first.scheduler)
         try:
-            output = self._pipe(**self._arguments(jobs, watch))
-            refused = getattr(output, "nsfw_content_detected", None) or [False] * len(jobs)
-            return Floats(output.images.float(), refused)
+            self._loras.use(first.loras)
+            output = chosen.pipe(**self._arguments(chosen, group, watch))
+            refused = getattr(output, "nsfw_content_detected", None) or [False] * len(group.jobs)
+            return Floats(kinds.kept(output.images.float(), group.pictures), refused)
         except (RuntimeError, ValueError) as error:
             failure = _translated(error)
             if failure is None:
                 raise
+        finally:
+            self._pipe.maybe_free_model_hooks()  # offloading is its matter, whichever kind ran
         if isinstance(failure, OutOfMemory):  # its frames are gone now, and what they held
             gc.collect()
             if torch.cuda.is_available():
@@ -114,17 +184,17 @@ class DiffusersEngine:
         raise failure
 
     def ease(self) -> str | None:
-        return None
+        return self._easing.ease()
 
     def close(self) -> None:
         self._pipe = self._scheduler = None
         gc.collect()
 
-    def _arguments(self, jobs: Sequence[JobSpec], watch: Watch) -> dict[str, Any]:
+    def _arguments(self, chosen: Pipeline, group: Group, watch: Watch) -> dict[str, Any]:
         """Keyword arguments of the pipeline's call: those of ours that its signature has."""
-        first = jobs[0]
+        first = group.jobs[0]
         guidance = "guidance_scale"
-        true_cfg = self._accepts.get("true_cfg_scale")
+        true_cfg = chosen.accepts.get("true_cfg_scale")
         if true_cfg and (true_cfg.default or 0) > 1:  # Qwen-Image: plain guidance by this name
             guidance = "true_cfg_scale"
 
@@ -133,47 +203,21 @@ class DiffusersEngine:
             return {}
 
         ours = {
-            "prompt": [job.prompt for job in jobs],
-            "negative_prompt": [job.negative_prompt for job in jobs],
-            "generator": [torch.Generator("cpu").manual_seed(job.seed) for job in jobs],
+            "generator": [torch.Generator("cpu").manual_seed(job.seed) for job in group.jobs],
             "width": first.width,
             "height": first.height,
             "num_inference_steps": first.steps,
             guidance: first.guidance_scale,
             "output_type": "pt",
             "callback_on_step_end": after_step,
+            **self._texts.arguments(group.jobs, group.size),
+            **kinds.arguments(chosen, first, group.pictures),
         }
-        return {name: value for name, value in ours.items() if name in self._accepts}
-
-    def _new_scheduler(self, name: str | None) -> Any:
-        """A fresh scheduler for one call, by alias; None: as the model came.
-
-        Raises InvalidParameter, which names those that the model can do.
-        """
-        if name is None:
-            return copy.deepcopy(self._scheduler)
-        sampler = SAMPLERS[name]
-        fitting = {cls.__name__: cls for cls in self._scheduler.compatibles}
-        if sampler.diffusers not in fitting:
-            known = ", ".join(name for name, s in SAMPLERS.items() if s.diffusers in fitting)
-            raise InvalidParameter(f"scheduler {name}: this model can do {known or 'only its own'}")
-        try:
-            chosen = fitting[sampler.diffusers]
-            return chosen.from_config(self._scheduler.config, **sampler.config)
-        except (ImportError, ValueError, NotImplementedError) as error:
-            raise InvalidParameter(f"scheduler {name}: {said(error)}") from error
+        return {name: value for name, value in ours.items() if name in chosen.accepts}
 
     def _self_test(self) -> None:
         """A first small picture: finite, and of more than one colour."""
-        job = JobSpec(
-            model=self._config.model,
-            prompt="a test",
-            width=SELF_TEST_SIDE,
-            height=SELF_TEST_SIDE,
-            steps=SELF_TEST_STEPS,
-            guidance_scale=1.0,
-            seed=0,
-        )
+        job = self._test_job(SELF_TEST_SIDE)
         where = self._config.weights.path or self._config.weights.repo
         try:
             floats = self.render_floats([job], _NoWatch())
@@ -188,14 +232,39 @@ class DiffusersEngine:
                 f"{where}: the first test picture is of one colour; wrong weights?"
             )
 
+    def _test_job(self, side: int) -> JobSpec:
+        return JobSpec(
+            model=self._config.model,
+            prompt="a test",
+            width=side,
+            height=side,
+            steps=SELF_TEST_STEPS,
+            guidance_scale=1.0,
+            seed=0,
+        )
+
+    def _render_alike(self, count: int) -> None:
+        """So many pictures of the model's own size at once, to see what memory they take."""
+        self.render_floats([self._test_job(default_side(self._pipe))] * count, _NoWatch())
+
     def _versions(self, device: str) -> dict[str, str]:
-        found = {**versions(), "dtype": str(self._pipe.dtype).removeprefix("torch.")}
+        found = {**versions(), "dtype": dtype_told(self._pipe), **self._easing.told()}
         if device.startswith("cuda"):
             found |= {"cuda": str(torch.version.cuda), "gpu": torch.cuda.get_device_name(device)}
         else:
             instructions = torch.backends.cpu.get_cpu_capability()
             found |= {"threads": str(torch.get_num_threads()), "cpu": instructions}
         return found
+
+
+class _Part:
+    """The watch of one of several equal parts of a micro-batch."""
+
+    def __init__(self, watch: Watch, number: int, parts: int) -> None:
+        self._watch, self._number, self._parts = watch, number, parts
+
+    def step(self, done: int, total: int) -> None:
+        self._watch.step(self._number * total + done, self._parts * total)
 
 
 class _NoWatch:
@@ -216,10 +285,11 @@ def to_pixels(images: torch.Tensor) -> list[Pixels]:
 def _translated(error: Exception) -> FarmError | None:
     """What the farm calls a failure of torch or of a pipeline; None when it has no name."""
     text = said(error)
-    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
+    if isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in NO_MEMORY):
         return OutOfMemory(text)
     if isinstance(error, torch.AcceleratorError) or "CUDA error" in text:
         return EngineCrashed(f"the device failed, {text}")
-    if isinstance(error, ValueError) and "height" in text and "width" in text:
+    told = text.lower()  # what the pipelines say of sizes, LCM of more steps than it has
+    if isinstance(error, ValueError) and any(s in told for s in ("height", "width", "_steps")):
         return InvalidParameter(text)
     return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,11 +14,24 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.models import modeling_utils
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from farm.errors import InvalidConfig, ModelNotLoaded
+from farm.weight_files import PICKLES
 from workers.engine import EngineConfig, said
-from workers.engines.model_files import checked_files, manifest_sha256
+from workers.engines.checkpoint_files import check_checkpoint
+from workers.engines.diffusers_components import (
+    files_of,
+    left_out,
+    load_component,
+    pipeline_class,
+    replacements,
+    take_any_dtype,
+)
+from workers.engines.diffusers_memory import Easing, limit_to
+from workers.engines.diffusers_options import DiffusersOptions, options_of
+from workers.engines.model_files import Index, checked_files, manifest_sha256, read_index
 
 FEWEST_TOKENS = 32
 """A tokenizer whose files were not found has two tokens."""
@@ -24,28 +39,32 @@ FEWEST_TOKENS = 32
 
 @dataclass(frozen=True)
 class Loaded:
+    """`memory`: bytes that the engine may use on its device."""
+
     pipeline: Any  # a DiffusionPipeline
     device: torch.device
     weights_sha256: str
+    memory: int
+    easing: Easing
 
 
 def load(config: EngineConfig) -> Loaded:
     """The pipeline of the config's weights. Raises ModelNotLoaded or InvalidConfig."""
-    if config.weights.options:
-        unknown = ", ".join(sorted(config.weights.options))
-        raise InvalidConfig(f"model {config.model}: engine diffusers has no option {unknown}")
+    options = options_of(config)
     _quieten()
-    device = _device(config.device)
-    folder = _folder(config)
-    files = checked_files(folder, config.weights.variant)
+    device = _device(config.device or options.device)
+    memory = limit_to(config.memory_limit, device, options)
+    source = _source(config, options)
+    dtypes = Dtypes(config.weights.dtype, "float32" if device.type == "cpu" else "float16")
+    easing = Easing(device, options, config.strict)
     try:
-        pipeline = _pipeline(config, folder, device)
-    except ModelNotLoaded:
+        pipeline = _pipeline(source, dtypes)
+        easing.place(pipeline, config.eased)
+    except (ModelNotLoaded, InvalidConfig):
         raise
     except Exception as error:
-        raise ModelNotLoaded(f"{folder}: {said(error)}") from error
-    _check_parts(folder, pipeline)
-    return Loaded(pipeline, device, manifest_sha256(folder, files))
+        raise ModelNotLoaded(f"{source.place}: {said(error)}{_hint(error)}") from error
+    return Loaded(pipeline, device, manifest_sha256(source.files, options.settings), memory, easing)
 
 
 def versions() -> dict[str, str]:
@@ -76,8 +95,8 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _folder(config: EngineConfig) -> Path:
-    """The model's directory; a hub id is fetched into the hub's own cache (HF_HOME and so on)."""
+def _place(config: EngineConfig) -> Path:
+    """The model's directory or file; a hub id is fetched into the hub's own cache (HF_HOME)."""
     weights = config.weights
     if weights.path:
         return weights.path
@@ -100,37 +119,159 @@ def _folder(config: EngineConfig) -> Path:
         ) from error
 
 
-def _pipeline(config: EngineConfig, folder: Path, device: torch.device) -> Any:
-    default = "float32" if device.type == "cpu" else "float16"
+@dataclass(frozen=True)
+class Dtypes:
+    """`wanted`: one dtype by its name, or one by component; `default` where nothing is said."""
+
+    wanted: str | dict[str, Any] | None
+    default: str
+
+    def of(self, component: str) -> torch.dtype:
+        found: torch.dtype = getattr(torch, self._names().get(component, self._names()["default"]))
+        return found
+
+    def for_pipeline(self) -> Any:
+        """As diffusers takes them."""
+        names = self._names()
+        return {part: getattr(torch, name) for part, name in names.items()}
+
+    def _names(self) -> dict[str, str]:
+        if isinstance(self.wanted, dict):
+            return {"default": self.default, **self.wanted}
+        return {"default": self.wanted or self.default}
+
+    @property
+    def one(self) -> torch.dtype | None:
+        """That of all components, if it is the same."""
+        names = set(self._names().values())
+        return self.of("default") if len(names) == 1 else None
+
+
+@contextmanager
+def _parallel(wanted: bool) -> Iterator[None]:
+    """Read the shards of a component in threads: HF_ENABLE_PARALLEL_LOADING of diffusers.
+
+    It reads that variable when it is imported, long before a model's options are known.
+    """
+    before = modeling_utils.HF_ENABLE_PARALLEL_LOADING
+    modeling_utils.HF_ENABLE_PARALLEL_LOADING = wanted or before
+    try:
+        yield
+    finally:
+        modeling_utils.HF_ENABLE_PARALLEL_LOADING = before
+
+
+def _check_one_file(file: Path, allow_pickle: bool) -> None:
+    """Raises ModelNotLoaded for what is no whole checkpoint, or would be one that runs code."""
+    if file.suffix.lower() in PICKLES and allow_pickle:
+        if not file.is_file():
+            raise ModelNotLoaded(f"{file}: missing, or not a regular file")
+    elif file.suffix.lower() != ".safetensors":
+        raise ModelNotLoaded(f"{file}: engine diffusers reads one file only as .safetensors")
+    else:
+        check_checkpoint(file)
+
+
+def dtype_told(pipeline: Any) -> str:
+    """The dtype of all models, or of each: "text_encoder float32, unet bfloat16"."""
+    found = {name: str(part.dtype).removeprefix("torch.") for name, part in _modules(pipeline)}
+    if len(set(found.values())) == 1:
+        return next(iter(found.values()))
+    return ", ".join(f"{name} {dtype}" for name, dtype in sorted(found.items()))
+
+
+def _hint(error: BaseException | None) -> str:
+    """What to do about some failures whose own words do not tell, by them and their causes."""
+    while error:
+        text = said(error)
+        if "meta tensor" in text:
+            return "; tensors are missing"
+        no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if no_memory or "annot allocate memory" in text or "DefaultCPUAllocator" in text:
+            return (
+                "; the memory does not suffice for the model: raise memory_limit, take a smaller "
+                'dtype, or on a GPU options.offload = "model"'
+            )
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """`place`: the directory, or the checkpoint of one file. `files`: all, checked, by name."""
+
+    place: Path
+    index: Index
+    variant: str | None
+    options: DiffusersOptions
+    replaced: dict[str, Path]
+    files: dict[str, Path]
+
+
+def _source(config: EngineConfig, options: DiffusersOptions) -> _Source:
+    place, variant = _place(config), config.weights.variant
+    index = read_index(options.config or place)
+    replaced = replacements(config, options, index)
+    absent = {**replaced, **left_out(options, index)}
+    files = checked_files(index, variant, absent, weights=options.config is None)
+    if options.config:
+        _check_one_file(place, config.weights.allow_pickle)
+        files["checkpoint"] = place
+    for name, path in replaced.items():
+        files |= files_of(name, path, index, variant)
+    return _Source(place, index, variant, options, replaced, files)
+
+
+def _pipeline(source: _Source, dtypes: Dtypes) -> Any:
+    options = source.options
     complaints = _Complaints()
     library_log = logging.getLogger("transformers")
     library_log.addHandler(complaints)
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            folder,
-            dtype=_dtype(config.weights.dtype, default),
-            variant=config.weights.variant,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        given = left_out(options, source.index) | {
+            name: load_component(name, path, source.index, dtypes.of(name), source.variant)
+            for name, path in source.replaced.items()
+        }
+        with _parallel(options.parallel_loading):
+            pipeline = (_from_file if options.config else _from_directory)(source, dtypes, given)
     finally:
         library_log.removeHandler(complaints)
     if complaints.missing:
-        raise ModelNotLoaded(f"{folder}: tensors are missing, {complaints.missing}")
-    for name, part in _modules(pipeline):
-        for key, parameter in part.named_parameters():
-            if parameter.is_meta:
-                raise ModelNotLoaded(f"{folder / name}: tensor {key} is missing")
+        raise ModelNotLoaded(f"{source.place}: tensors are missing, {complaints.missing}")
+    _check_parts(source, pipeline)
+    take_any_dtype(pipeline)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    return pipeline
 
 
-def _dtype(wanted: str | dict[str, Any] | None, default: str) -> Any:
-    """One dtype, or one by component, as diffusers takes them."""
-    if isinstance(wanted, dict):
-        names = {"default": default, **wanted}
-        return {part: getattr(torch, name) for part, name in names.items()}
-    return getattr(torch, wanted or default)
+def _from_directory(source: _Source, dtypes: Dtypes, given: dict[str, Any]) -> Any:
+    return diffusers.DiffusionPipeline.from_pretrained(
+        source.place,
+        dtype=dtypes.for_pipeline(),
+        variant=source.variant,
+        use_safetensors=True,
+        local_files_only=True,
+        device_map=source.options.device_map,
+        **given,
+    )
+
+
+def _from_file(source: _Source, dtypes: Dtypes, given: dict[str, Any]) -> Any:
+    """From a checkpoint of one file: a safetensors file of the original authors' layout."""
+    kind = pipeline_class(source.index)
+    if not hasattr(kind, "from_single_file"):
+        raise InvalidConfig(f"{source.place}: {kind.__name__} is not loaded from one file")
+    pipeline = kind.from_single_file(
+        str(source.place),
+        config=str(source.index.file.parent),
+        dtype=dtypes.one or torch.float32,
+        local_files_only=True,
+        **given,
+    )
+    for name, part in _modules(pipeline):
+        if name not in given and part.dtype != dtypes.of(name):
+            part.to(dtypes.of(name))
+    return pipeline
 
 
 def _modules(pipeline: Any) -> list[tuple[str, torch.nn.Module]]:
@@ -138,10 +279,18 @@ def _modules(pipeline: Any) -> list[tuple[str, torch.nn.Module]]:
     return [(name, part) for name, part in parts if isinstance(part, torch.nn.Module)]
 
 
-def _check_parts(folder: Path, pipeline: Any) -> None:
+def _check_parts(source: _Source, pipeline: Any) -> None:
+    folder = source.index.file.parent
     for name, part in pipeline.components.items():
         if isinstance(part, transformers.PreTrainedTokenizerBase) and len(part) < FEWEST_TOKENS:
             raise ModelNotLoaded(f"{folder / name}: a tokenizer of only {len(part)} tokens")
+    for name, part in _modules(pipeline):
+        where = source.replaced.get(name) or (
+            source.place if source.options.config else folder / name
+        )
+        for key, parameter in part.named_parameters():
+            if parameter.is_meta:
+                raise ModelNotLoaded(f"{where}: tensor {key} of {name} is missing")
 
 
 class _Complaints(logging.Handler):
