@@ -149,7 +149,7 @@ def test_what_every_command_is_for(run: Run) -> None:
     """The commands that a person was promised."""
     expected = "submit status watch results cancel retry pause resume workers models up worker"
     names = set(get_command(app).commands)  # type: ignore[attr-defined]
-    assert names == {*expected.split(), "dispatcher", "db", "doctor", "config"}
+    assert names == {*expected.split(), "dispatcher", "serve", "token", "db", "doctor", "config"}
 
 
 def test_help_needs_no_sql_and_no_celery() -> None:

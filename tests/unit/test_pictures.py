@@ -6,6 +6,7 @@ import io
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -90,11 +91,12 @@ def test_download_is_whole_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
         key = object_key(JobRef("0abc", idx), 1, "png")
         blobs.put(key, data, "image/png")
         jobs.append(job(idx, data, key))
+    read = partial(fetch, blobs)
     out, seen = tmp_path / "out", list[Path]()
-    assert download(blobs, jobs, out, seen.append) == len(seen) == 5
+    assert download(read, jobs, out, seen.append) == len(seen) == 5
     (out / "0abc-0000001.png").write_bytes(b"cut")
     blobs.delete([j.object_key for j in jobs if j.idx != 1 and j.object_key])
-    assert download(blobs, jobs, out) == 5, "only the damaged one is fetched again"
+    assert download(read, jobs, out) == 5, "only the damaged one is fetched again"
     names = [f"0abc-000000{i}.png" for i in range(5)]
     assert sorted(p.name for p in out.iterdir()) == [*names, "0abc.jsonl"]
     rows = [json.loads(line) for line in (out / "0abc.jsonl").read_text("utf-8").splitlines()]
@@ -104,7 +106,7 @@ def test_download_is_whole_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     (out / "0abc-0000000.png").unlink()
     (out / "0abc.jsonl").unlink()
     with pytest.raises(BlobNotFound, match=r"1 pictures are missing.*0000000-1"):
-        download(blobs, jobs, out)
+        download(read, jobs, out)
     assert len((out / "0abc.jsonl").read_text("utf-8").splitlines()) == 4, "the others are there"
     with pytest.raises(BlobDamaged, match="not the picture"):
         fetch(blobs, replace(jobs[1], sha256="0" * 64))
