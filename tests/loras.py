@@ -10,8 +10,15 @@ from safetensors.torch import load_file, save_file
 
 from tests.models import tiny
 
-PARTS = ("unet", "transformer", "text_encoder")
-LAYERS = ("attn.to_q", "attn1.to_q", "attn2.to_v", "attention.to_q", "self_attn.v_proj")
+PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+LAYERS = (
+    "attn.to_q",
+    "attn1.to_q",
+    "attn2.to_v",
+    "attention.to_q",
+    "self_attn.v_proj",
+    "self_attn.out_proj",
+)
 RANK = 2
 
 
@@ -33,9 +40,24 @@ def lora(family: str, file: Path, parts: tuple[str, ...] = PARTS, seed: int = 0)
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a part; none where the model has no such part, or it is no neighbour's."""
+    """The tensors of a part; none where the model has no such part, or its texts are not CLIP's."""
     files = [f for f in folder.glob("*.safetensors") if (folder / "config.json").exists()]
     config = json.loads((folder / "config.json").read_text()) if files else {}
-    if folder.name == "text_encoder" and config.get("model_type") != "clip_text_model":
+    if folder.name.startswith("text_encoder") and config.get("model_type") != "clip_text_model":
         return {}
     return {key: value for file in files for key, value in load_file(file).items()}
+
+
+def in_kohyas_layout(source: Path, file: Path, alpha: float) -> Path:
+    """The same LoRA of sd15 as kohya's trainer writes it, which most published files are.
+
+    `alpha`: the changes are multiplied by alpha / RANK.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for key, value in load_file(source).items():
+        layer, _, side = key.removesuffix(".weight").partition(".lora_")
+        layer = layer.replace("text_encoder.", "te.text_model.").replace(".", "_")
+        tensors[f"lora_{layer}.lora_{'down' if side == 'A' else 'up'}.weight"] = value
+        tensors[f"lora_{layer}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, file, {"format": "pt"})
+    return file

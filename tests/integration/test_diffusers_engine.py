@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -28,61 +27,14 @@ from farm.errors import (
     PictureBlocked,
 )
 from farm.spec import JobSpec
+from tests.diffusers_kit import FLOAT32_TOLERANCE, QUIET, Steps, config, engine, floats, spec
 from tests.models import tiny
 from workers.child import Child
 from workers.engine import EngineConfig
 from workers.engines.diffusers_engine import DiffusersEngine, to_pixels
 from workers.messages import Failed, Rendered, Started
 
-# numpy 2 tells diffusers' schedulers, which turn tensors to arrays, of a protocol to come
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
-]
-PROMPTS = ("a red cat", "the blue dog on a photo of the green cat", "green", "x y z")
-FLOAT32_TOLERANCE = 1e-4
-"""Of the range 0 to 1, between sizes of micro-batches; half a step of 8 bits is 2e-3."""
-
-
-class Steps:
-    """A Watch that notes the steps and may cancel after one of them."""
-
-    def __init__(self, cancel_after: int | None = None) -> None:
-        self.seen: list[tuple[int, int]] = []
-        self._cancel_after = cancel_after
-
-    def step(self, done: int, total: int) -> None:
-        self.seen.append((done, total))
-        if done == self._cancel_after:
-            raise JobCancelled
-
-
-def spec(number: int = 0, **params: Any) -> JobSpec:
-    plain = {
-        "prompt": PROMPTS[number % 4],
-        "negative_prompt": ("", "dog")[number % 2],
-        "width": 64,
-        "height": 64,
-        "steps": 3,
-        "guidance_scale": 4.0,
-        "seed": number,
-    }
-    return JobSpec(model="tiny", **{**plain, **params})
-
-
-def config(path: Path, **settings: Any) -> EngineConfig:
-    return EngineConfig("diffusers", "tiny", Weights(path=path), threads=1, **settings)
-
-
-@functools.cache
-def engine(family: str) -> DiffusersEngine:
-    made = DiffusersEngine(config(tiny(family)))
-    made.load()
-    return made
-
-
-def floats(family: str, jobs: Sequence[JobSpec]) -> torch.Tensor:
-    return engine(family).render_floats(jobs, Steps()).images
+pytestmark = QUIET
 
 
 def refusal(path: Path) -> str:
@@ -92,7 +44,9 @@ def refusal(path: Path) -> str:
 
 
 # ------------------------------------------------------------------------- one picture
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "flux"])
+@pytest.mark.parametrize(
+    "family", ["sd15", "sdxl", "sd3", "flux", "klein", "qwen_image", "z_image"]
+)
 @pytest.mark.parametrize("size", [4, 8])
 def test_alone_or_among_others_within_tolerance(family: str, size: int) -> None:
     together = floats(family, [spec(n) for n in range(size)])
@@ -102,7 +56,9 @@ def test_alone_or_among_others_within_tolerance(family: str, size: int) -> None:
     assert len({picture.numpy().tobytes() for picture in together}) == size
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "flux"])
+@pytest.mark.parametrize(
+    "family", ["sd15", "sdxl", "sd3", "flux", "klein", "qwen_image", "z_image"]
+)
 def test_at_one_size_of_micro_batch_neighbours_and_place_change_nothing(family: str) -> None:
     first = floats(family, [spec(0), spec(1), spec(2), spec(3)])[1]
     other = floats(family, [spec(5), spec(6), spec(7), spec(1)])[3]
@@ -199,12 +155,18 @@ def test_failures_of_torch_have_their_names(
 def test_a_scheduler_changes_the_picture_and_leaves_no_trace() -> None:
     own = floats("sd15", [spec()])
     seen = {own.numpy().tobytes()}
-    for name in ("euler_a", "dpm++_2m_karras", "unipc", "dpm++_2m_sde", "heun"):
+    names = ("euler_a", "dpm++_2m_karras", "unipc", "dpm++_2m_sde", "heun", "lcm", "tcd")
+    for name in names:
         picture = floats("sd15", [spec(scheduler=name)])
         assert torch.equal(picture, floats("sd15", [spec(scheduler=name)]))
         seen.add(picture.numpy().tobytes())
         assert torch.equal(floats("sd15", [spec()]), own)
-    assert len(seen) == 6
+    assert len(seen) == 1 + len(names)
+
+
+def test_more_steps_than_a_scheduler_has_are_refused() -> None:
+    with pytest.raises(InvalidParameter, match=r"50 x 1\.0 is smaller than `num_inf"):
+        engine("sd15").render([spec(scheduler="lcm", steps=60)], Steps())
 
 
 def test_naming_the_models_own_scheduler_changes_nothing() -> None:

@@ -1,0 +1,488 @@
+"""What a job can ask of the diffusers engine: input pictures, LoRAs, long prompts, clip skip."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from farm.catalog import Weights
+from farm.demo import SHAPES_DIR
+from farm.errors import BadImage, InvalidParameter, InvalidPrompt
+from tests.diffusers_kit import (
+    FLOAT32_TOLERANCE,
+    INPUTS,
+    PICTURES,
+    QUIET,
+    Steps,
+    config,
+    engine,
+    floats,
+    of_kind,
+    right_part,
+    spec,
+    stored,
+)
+from tests.loras import RANK, in_kohyas_layout, lora
+from tests.models import tiny
+from workers.child import Child
+from workers.engine import EngineConfig
+from workers.engines.diffusers_engine import DiffusersEngine
+from workers.messages import Rendered
+
+pytestmark = QUIET
+FAMILIES = ("sd15", "sdxl", "sd3", "flux", "klein", "qwen_image", "z_image")
+KINDS = ("image-to-image", "inpainting")
+LONG = "the red cat on a photo of the green dog " * 10  # 100 tokens of CLIP
+
+
+def rendered(family: str, *jobs: Any) -> list[Any]:
+    return list(engine(family).render(jobs, Steps(), INPUTS))
+
+
+# ---------------------------------------------------------------------- input pictures
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_neighbours_change_nothing(family: str, kind: str) -> None:
+    together = floats(family, [of_kind(kind, n) for n in range(4)], INPUTS)
+    others = floats(family, [of_kind(kind, n) for n in (5, 6, 2, 7)], INPUTS)
+    assert torch.equal(together[2], others[2])
+    alone = floats(family, [of_kind(kind, 2)], INPUTS)[0]
+    assert (together[2] - alone).abs().max() <= FLOAT32_TOLERANCE
+    assert len({picture.numpy().tobytes() for picture in together}) == 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_kinds_share_one_load_and_leave_no_trace(family: str) -> None:
+    plain = floats(family, [spec()])
+    for kind in KINDS:
+        floats(family, [of_kind(kind)], INPUTS)
+        assert torch.equal(floats(family, [spec()]), plain)
+    made = engine(family)
+    loaded = made._pipelines.get("text-to-image").pipe
+    for kind in KINDS:
+        other = made._pipelines.get(kind).pipe  # type: ignore[arg-type]
+        assert other is made._pipelines.get(kind).pipe  # type: ignore[arg-type]
+        for name, part in loaded.components.items():
+            if isinstance(part, torch.nn.Module):
+                assert other.components[name] is part
+                assert {p.dtype for p in part.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_strength_zero_gives_the_input_back(family: str, kind: str) -> None:
+    (picture,) = rendered(family, of_kind(kind, 3, strength=0.0))
+    assert np.array_equal(picture, decoded(PICTURES[3]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_mask_keeps_is_kept(family: str) -> None:
+    (picture,) = rendered(family, of_kind("inpainting", 3, strength=1.0))
+    first = 16 + 4 * 3
+    given = decoded(PICTURES[3])
+    assert np.array_equal(picture[:, :first], given[:, :first])
+    assert np.abs(picture[:, first:].astype(int) - given[:, first:]).mean() > 10
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["text-to-image", *KINDS])
+def test_sizes_are_exact_or_refused(family: str, kind: str) -> None:
+    for width in (72, 80):
+        try:
+            (result,) = rendered(family, of_kind(kind, width=width))
+        except InvalidParameter as error:
+            result = error
+        if isinstance(result, InvalidParameter):
+            assert width == 72, result.message
+        else:
+            assert result.shape == (64, width, 3)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
+@pytest.mark.parametrize("strength", [0.01, 0.2, 1 / 3])
+def test_less_than_a_whole_step_is_one(family: str, strength: float) -> None:
+    watch = Steps()
+    job = of_kind("image-to-image", strength=strength)
+    (picture,) = engine(family).render([job], watch, INPUTS)
+    assert isinstance(picture, np.ndarray)
+    assert watch.seen == [(1, 1)]
+
+
+def test_a_job_without_its_picture_is_refused_alone() -> None:
+    lost = of_kind("image-to-image", 1, init_image=f"inputs/{'0' * 64}.png")
+    results = rendered("sd15", of_kind("image-to-image", 0), lost)
+    assert isinstance(results[0], np.ndarray)
+    assert isinstance(results[1], InvalidParameter)
+    assert "did not come with the job" in results[1].message
+
+
+def test_a_pipeline_without_the_kind_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(pipe: Any) -> Any:
+        raise ValueError("AutoPipeline can't find a pipeline")
+
+    made = DiffusersEngine(config(tiny("sd15")))
+    made.load()
+    monkeypatch.setattr("diffusers.AutoPipelineForInpainting.from_pipe", none)
+    with pytest.raises(InvalidParameter, match="inpainting: StableDiffusionPipeline of diffusers"):
+        made.render([of_kind("inpainting")], Steps(), INPUTS)
+
+
+@pytest.fixture(scope="module")
+def shapes() -> Iterator[DiffusersEngine]:
+    """A trained model, so that strength and prompt mean something."""
+    weights = Weights(path=SHAPES_DIR, dtype="float32")
+    made = DiffusersEngine(EngineConfig("diffusers", "shapes", weights, threads=1))
+    made.load()
+    yield made
+    made.close()
+
+
+def test_more_strength_changes_more(shapes: DiffusersEngine) -> None:
+    def shape(prompt: str, **params: Any) -> Any:
+        return spec(prompt=prompt, steps=6, guidance_scale=2.0, seed=5, **params)
+
+    (red,) = shapes.render([shape("a red circle on a blue background")], Steps())
+    picture, mask = stored(red), stored(right_part(32))
+    inputs = dict([picture, mask])
+
+    def change(strength: float, prompt: str = "a green square on a yellow background") -> float:
+        job = shape(prompt, init_image=picture[0], strength=strength)
+        (after,) = shapes.render([job], Steps(), inputs)
+        return float(np.abs(after.astype(int) - red).mean())
+
+    changes = [change(strength) for strength in (0.0, 0.2, 0.5, 0.8, 1.0)]
+    assert changes == sorted(changes)
+    assert changes[0] == 0
+    assert changes[-1] > 100
+    assert change(0.5, "a red circle on a blue background") < 10
+
+    job = shape(
+        "a green square on a yellow background",
+        init_image=picture[0],
+        mask_image=mask[0],
+        strength=1.0,
+    )
+    (half,) = shapes.render([job], Steps(), inputs)
+    assert np.array_equal(half[:, :32], red[:, :32])
+    assert np.abs(half[:, 32:].astype(int) - red[:, 32:]).mean() > 50
+
+
+def decoded(picture: tuple[str, bytes]) -> Any:
+    return np.asarray(Image.open(io.BytesIO(picture[1])))
+
+
+# -------------------------------------------------------------------------------- LoRAs
+@pytest.fixture(scope="module")
+def with_loras(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DiffusersEngine]:
+    """Engines with two LoRAs, and one that is only for the text encoder where there is CLIP."""
+    made: dict[str, DiffusersEngine] = {}
+
+    def load(family: str) -> DiffusersEngine:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            files = {
+                "one": lora(family, folder / "one.safetensors"),
+                "two": lora(family, folder / "two.safetensors", ("unet", "transformer"), seed=1),
+            }
+            if family in ("sd15", "sdxl"):
+                files["words"] = lora(family, folder / "words.safetensors", ("text_encoder",))
+            made[family] = DiffusersEngine(config(tiny(family), loras=files))
+            assert set(made[family].load().loras) == set(files)
+        return made[family]
+
+    return load
+
+
+def styled(
+    made: DiffusersEngine, *numbers: int, kind: str = "text-to-image", **loras: float
+) -> Any:
+    jobs = [of_kind(kind, number, loras=loras) for number in numbers]
+    return made.render_floats(jobs, Steps(), INPUTS).images
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lora_changes_its_own_pictures_only(
+    with_loras: Callable[[str], DiffusersEngine], family: str
+) -> None:
+    made = with_loras(family)
+    plain = styled(made, 0)
+    one, half, two, both = (
+        styled(made, 0, **loras)
+        for loras in ({"one": 1}, {"one": 0.5}, {"two": 1}, {"one": 1, "two": 1})
+    )
+    assert len({p.numpy().tobytes() for p in (plain, one, half, two, both)}) == 5
+    assert torch.equal(styled(made, 0, one=0), plain)
+    assert torch.equal(styled(made, 0), plain)
+    assert torch.equal(styled(made, 0, one=1), one)
+    assert torch.equal(styled(made, 0, one=1, two=0), one)
+    assert torch.equal(plain, floats(family, [spec()]))
+
+
+@pytest.mark.parametrize("kind", ["text-to-image", *KINDS])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "flux"])
+def test_neighbours_change_nothing_with_a_lora(
+    with_loras: Callable[[str], DiffusersEngine], family: str, kind: str
+) -> None:
+    made = with_loras(family)
+    together = styled(made, 0, 1, 2, kind=kind, one=0.8)
+    assert torch.equal(styled(made, 4, 5, 2, kind=kind, one=0.8)[2], together[2])
+    alone = styled(made, 2, kind=kind, one=0.8)[0]
+    assert (together[2] - alone).abs().max() <= FLOAT32_TOLERANCE
+    assert not torch.equal(styled(made, 2, kind=kind)[0], alone)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_lora_of_the_text_encoder_works_on_long_prompts_too(
+    with_loras: Callable[[str], DiffusersEngine], family: str
+) -> None:
+    made = with_loras(family)
+    for prompt in ("a red cat", LONG):
+        jobs = [spec(prompt=prompt, loras={"words": w}) for w in (0.0, 1.0)]
+        plain, changed = (made.render_floats([job], Steps()).images for job in jobs)
+        assert not torch.equal(plain, changed)
+
+
+def test_kohyas_layout_is_read_with_its_alphas(tmp_path: Path) -> None:
+    peft = lora("sd15", tmp_path / "peft.safetensors")
+    files = {
+        "peft": peft,
+        "whole": in_kohyas_layout(peft, tmp_path / "whole.safetensors", RANK),
+        "half": in_kohyas_layout(peft, tmp_path / "half.safetensors", RANK / 2),
+    }
+    made = DiffusersEngine(config(tiny("sd15"), loras=files))
+    made.load()
+    assert torch.equal(styled(made, 0, whole=1), styled(made, 0, peft=1))
+    assert torch.equal(styled(made, 0, half=1), styled(made, 0, peft=0.5))
+
+
+def test_loras_make_room_for_each_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("workers.engines.diffusers_loras.MOST_LOADED", 2)
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("one", "two", "three")}
+    for seed, file in enumerate(files.values()):
+        lora("sd15", file, seed=seed)
+    made = DiffusersEngine(config(tiny("sd15"), loras=files))
+    made.load()
+    plain, one = styled(made, 0), styled(made, 0, one=1)
+    for name in ("two", "one", "three"):
+        styled(made, 0, **{name: 1})
+    assert made._loras._loaded == ["one", "three"]
+    assert not [key for key, _ in made._pipe.unet.named_parameters() if "lora_two" in key]
+    assert torch.equal(styled(made, 0, one=1), one)
+    assert torch.equal(styled(made, 0), plain)
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _pickled(file: Path) -> None:
+    torch.save({"unet.lora_A.weight": torch.ones(2)}, file)
+
+
+def _other_shapes(file: Path) -> None:
+    wrong = {name: torch.ones(3, 3) for name in load_file(file)}
+    save_file(wrong, file, {"format": "pt"})
+
+
+def _nan(file: Path) -> None:
+    tensors = {name: t.fill_(float("nan")) for name, t in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+
+
+def _some_unknown(file: Path) -> None:
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.startswith("unet."))
+    tensors = {**tensors, name.replace("to_q", "to_x").replace("to_v", "to_x"): torch.ones(2, 2)}
+    save_file(tensors, file, {"format": "pt"})
+
+
+def _no_lora(file: Path) -> None:
+    save_file({"weight": torch.ones(2)}, file, {"format": "pt"})
+
+
+def _hostile_metadata(file: Path) -> None:
+    save_file(load_file(file), file, {"format": "pt", "lora_adapter_metadata": "{]"})
+
+
+BROKEN: list[tuple[Callable[[Path], Any], str]] = [
+    (Path.unlink, "missing"),
+    (lambda f: f.write_bytes(b""), "empty"),
+    (lambda f: (f.unlink(), f.mkdir()), "not a regular file"),
+    (_cut, "truncated"),
+    (_pickled, "neither safetensors nor GGUF"),
+    (_other_shapes, "does not fit the model"),
+    (_nan, "NaN"),
+    (_no_lora, "does not fit the model"),
+    (_some_unknown, "does not fit the model"),
+    (_hostile_metadata, "does not fit the model"),
+    (lambda f: lora("sdxl", f), "does not fit the model"),
+    (lambda f: lora("flux", f, ("transformer",)), "does not fit the model"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "told"), BROKEN)
+def test_a_broken_lora_fails_its_own_jobs(
+    tmp_path: Path, spoil: Callable[[Path], Any], told: str
+) -> None:
+    files = {"good": tmp_path / "good.safetensors", "bad": tmp_path / "bad.safetensors"}
+    for file in files.values():
+        lora("sd15", file)
+    spoil(files["bad"])
+    made = DiffusersEngine(config(tiny("sd15"), loras=files))
+    assert "good" in made.load().loras
+    plain = styled(made, 0)
+    for _ in range(2):
+        with pytest.raises(InvalidParameter, match=rf"loras: bad cannot be used, .*{told}"):
+            styled(made, 0, bad=1, good=1)
+    assert torch.equal(styled(made, 0), plain)
+    assert torch.equal(plain, floats("sd15", [spec()]))
+    assert not torch.equal(styled(made, 0, good=1), plain)
+
+
+def test_a_lora_that_the_worker_does_not_have() -> None:
+    with pytest.raises(InvalidParameter, match="this worker has no file of late"):
+        floats("sd15", [spec(loras={"late": 1.0})])
+
+
+# -------------------------------------------------------------------------- long prompts
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
+@pytest.mark.parametrize("kind", ["text-to-image", *KINDS])
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_the_tail_of_a_long_prompt_changes_the_picture(family: str, kind: str, field: str) -> None:
+    one, other = (
+        floats(family, [of_kind(kind, **{field: LONG + tail})], INPUTS) for tail in ("cat", "dog")
+    )
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_our_encoding_is_the_pipelines_own(family: str) -> None:
+    made = engine(family)
+    prompts, negatives = ["a red cat", "(red:1.2) [dog] AND BREAK"], ["", "dog"]
+    with torch.no_grad():
+        theirs = made._pipe.encode_prompt(
+            prompt=prompts,
+            negative_prompt=negatives,
+            device="cpu",
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=True,
+        )
+    ours = [made._texts.encode(texts, 1, None) for texts in (prompts, negatives)]
+    assert torch.equal(theirs[0], ours[0][0])
+    assert torch.equal(theirs[1], ours[1][0])
+    if family == "sdxl":
+        assert torch.equal(theirs[2], ours[0][1])
+        assert torch.equal(theirs[3], ours[1][1])
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_prompts_of_other_lengths_do_not_pad_each_other(family: str) -> None:
+    short, long, longer = spec(0), spec(1, prompt=LONG), spec(2, negative_prompt=LONG * 2)
+    watch = Steps()
+    together = engine(family).render([longer, short, long, short], watch)
+    for job, picture in zip([longer, short, long], together, strict=False):
+        (alone,) = engine(family).render([job], Steps())
+        assert np.abs(picture.astype(int) - alone).max() <= 1
+    assert watch.seen == [(n, 9) for n in range(1, 10)]
+
+
+def test_strict_mode_with_long_prompts_gives_equal_bytes(tmp_path: Path) -> None:
+    child = Child(config(tiny("sd15"), micro_batch=3, strict=True), log=tmp_path / "log")
+    child.start()
+    jobs = [spec(0), spec(1, prompt=LONG), spec(2), spec(3, prompt=LONG * 2), spec(4)]
+
+    def bytes_of(*chosen: Any) -> list[bytes]:
+        events = [e for e in child.render(chosen) if isinstance(e, Rendered)]
+        return [e.pixels.tobytes() for e in sorted(events, key=lambda e: e.id)]
+
+    together = bytes_of(*jobs)
+    assert [bytes_of(job)[0] for job in jobs] == together
+    child.close()
+
+
+def test_strict_mode_does_not_pad_qwen_images_prompts() -> None:
+    made = DiffusersEngine(config(tiny("qwen_image"), strict=True))
+    made.load()
+    short, long = spec(2), spec(2, prompt=LONG, seed=9)
+    assert np.array_equal(
+        made.render([short, long], Steps())[0], made.render([short, short], Steps())[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "limit"),
+    [("sd3", 512), ("flux", 512), ("klein", 512), ("qwen_image", 1024), ("z_image", 512)],
+)
+def test_what_a_long_encoder_cannot_read_is_refused_with_its_count(family: str, limit: int) -> None:
+    made = engine(family)
+    around = made._texts._count("x") - 1
+    fits, beyond = "x" * (limit - around), "x" * (limit - around + 1)
+    if family in ("sd3", "flux"):  # a mark for the word's beginning
+        assert made._texts._count(fits) == limit
+    results = rendered(family, spec(), spec(prompt=beyond), spec(prompt=fits))
+    assert isinstance(results[0], np.ndarray)
+    assert isinstance(results[1], InvalidPrompt)
+    assert f"it has {limit + 1} tokens, and this model reads at most {limit}" in results[1].message
+    assert isinstance(results[2], np.ndarray)
+    (changed,) = rendered(family, spec(prompt=fits[:-1] + "y"))
+    assert not np.array_equal(changed, results[2])
+
+
+# ----------------------------------------------------------------------------- clip skip
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
+def test_clip_skip_changes_the_picture(family: str) -> None:
+    plain, skipped = floats(family, [spec()]), floats(family, [spec(clip_skip=1)])
+    assert not torch.equal(plain, skipped)
+    assert torch.equal(floats(family, [spec()]), plain)
+
+
+@pytest.mark.parametrize(
+    ("family", "told"),
+    [("flux", "clip_skip: FluxPipeline has none"), ("sd15", "at most 1 for this model, got 2")],
+)
+def test_clip_skip_that_cannot_be_is_refused(family: str, told: str) -> None:
+    (result,) = rendered(family, spec(clip_skip=2))
+    assert isinstance(result, InvalidParameter)
+    assert told in result.message
+
+
+# ------------------------------------------------------------------------- VAE in float32
+def overflowing(dtype: Any) -> DiffusersEngine:
+    """A VAE whose first layer gives more than the 65,504 of float16, which norms divide again."""
+    weights = Weights(path=tiny("sd15"), dtype=dtype)
+    made = DiffusersEngine(EngineConfig("diffusers", "tiny", weights, threads=1))
+    made.load()
+    with torch.no_grad():
+        for parameter in made._pipe.vae.decoder.conv_in.parameters():
+            parameter.mul_(300_000)
+    return made
+
+
+def test_a_vae_that_overflows_in_half_precision_decodes_in_float32() -> None:
+    made = overflowing("float16")
+    vae = made._pipe.vae
+    plain = type(vae).decode(vae, torch.ones(1, 4, 8, 8, dtype=torch.float16))
+    assert not plain.sample.isfinite().all()
+    (picture,) = made.render([spec()], Steps())
+    assert isinstance(picture, np.ndarray), picture
+    (exact,) = overflowing("float32").render([spec()], Steps())
+    assert np.abs(picture.astype(int) - exact).mean() < 3
+    assert {p.dtype for p in vae.parameters()} == {torch.float16}
+    assert np.array_equal(made.render([spec()], Steps())[0], picture)
+    with torch.no_grad():
+        vae.decoder.conv_in.bias.fill_(float("nan"))
+    assert isinstance(made.render([spec()], Steps())[0], BadImage)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_engines() -> Iterator[None]:
+    yield
+    engine.cache_clear()
