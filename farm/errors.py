@@ -14,7 +14,7 @@ FarmError                       code, a sentence that a person can act on
 |   `-- NotFound                ERR_NOT_FOUND
 |-- RenderFailed                ERR_RENDER_FAILED    a failure is counted, the job is retried
 |   `-- BadImage                ERR_BAD_IMAGE        uniform or NaN picture
-|-- OutOfMemory                 ERR_OUT_OF_MEMORY    smaller micro-batch; `failed` only when alone
+|-- OutOfMemory                 ERR_OUT_OF_MEMORY    a worker with more memory, else `failed`
 |-- EnvironmentFault            the job goes back and no failure is counted; the lane backs off
 |   |-- DatabaseUnavailable     ERR_DATABASE_UNAVAILABLE
 |   |-- BrokerUnavailable       ERR_BROKER_UNAVAILABLE

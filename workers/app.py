@@ -36,7 +36,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True)
     parser.add_argument("--engine", required=True)
     parser.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is one")
-    parser.add_argument("--micro-batch", type=int, help="most pictures rendered at once")
+    parser.add_argument(
+        "--micro-batch",
+        type=int,
+        help="most pictures rendered at once; forgets what a lack of memory taught",
+    )
     parser.add_argument("--strict", action="store_true", help="same bytes whatever the neighbours")
     parser.add_argument("--threads", type=int, help="CPU threads of the engine")
     parser.add_argument("--memory-limit", metavar="SIZE", help="such as 8GB; default: all there is")
