@@ -39,8 +39,9 @@ from farm.spec import JobSpec
 from workers.engine import NO_INPUTS, EngineConfig, EngineInfo, Inputs, Pixels, Watch, said
 from workers.engines import diffusers_kinds as kinds
 from workers.engines.diffusers_kinds import Pictures, Pipeline, Pipelines
-from workers.engines.diffusers_load import load, versions
+from workers.engines.diffusers_load import dtype_told, load, versions
 from workers.engines.diffusers_loras import Loras
+from workers.engines.diffusers_memory import Easing, default_side, first_cap
 from workers.engines.diffusers_schedulers import new_scheduler
 from workers.engines.diffusers_text import Size, Texts, texts
 from workers.engines.diffusers_vae import retry_in_float32
@@ -78,6 +79,7 @@ class DiffusersEngine:
         self._pipelines: Pipelines
         self._texts: Texts
         self._loras: Loras
+        self._easing: Easing
 
     def load(self) -> EngineInfo:
         """Check every file, load, and render a first small picture."""
@@ -88,14 +90,16 @@ class DiffusersEngine:
             torch.backends.cudnn.deterministic = True
         loaded = load(self._config)
         self._pipe, self._scheduler = loaded.pipeline, loaded.pipeline.scheduler
+        self._easing = loaded.easing
         self._prepare()
         self._self_test()
-        device = str(loaded.device)
+        cap = first_cap(self._config, loaded.device, self._render_alike)
         return EngineInfo(
-            device,
-            self._config.cap(device),
+            str(loaded.device),
+            cap,
             loaded.weights_sha256,
-            self._versions(device),
+            self._versions(str(loaded.device)),
+            memory=loaded.memory,
             loras=self._loras.sha256,
         )
 
@@ -180,7 +184,7 @@ class DiffusersEngine:
         raise failure
 
     def ease(self) -> str | None:
-        return None
+        return self._easing.ease()
 
     def close(self) -> None:
         self._pipe = self._scheduler = None
@@ -239,8 +243,12 @@ class DiffusersEngine:
             seed=0,
         )
 
+    def _render_alike(self, count: int) -> None:
+        """So many pictures of the model's own size at once, to see what memory they take."""
+        self.render_floats([self._test_job(default_side(self._pipe))] * count, _NoWatch())
+
     def _versions(self, device: str) -> dict[str, str]:
-        found = {**versions(), "dtype": str(self._pipe.dtype).removeprefix("torch.")}
+        found = {**versions(), "dtype": dtype_told(self._pipe), **self._easing.told()}
         if device.startswith("cuda"):
             found |= {"cuda": str(torch.version.cuda), "gpu": torch.cuda.get_device_name(device)}
         else:
