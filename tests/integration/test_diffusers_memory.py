@@ -142,6 +142,16 @@ def test_what_does_not_fit_the_limit_is_out_of_memory_and_the_next_renders(
 
 
 @LINUX
+def test_tiles_make_a_picture_fit_that_did_not(enough: int, tmp_path: Path) -> None:
+    limit = enough + 80 * 2**20
+    child = Child(config(tiny("sd15"), memory_limit=limit), log=tmp_path / "log")
+    child.start()
+    assert outcome(child, 512) == ["Eased", "Rendered"]
+    assert outcome(child, 512) == ["Rendered"], "once eased it stays so"
+    child.close()
+
+
+@LINUX
 def test_a_limit_too_small_for_the_model_says_so(tmp_path: Path) -> None:
     child = Child(config(tiny("sd15"), memory_limit=320 * 2**20), log=tmp_path / "log")
     with pytest.raises(ModelNotLoaded, match="the memory does not suffice for the model: raise"):

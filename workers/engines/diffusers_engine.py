@@ -41,7 +41,7 @@ from workers.engines import diffusers_kinds as kinds
 from workers.engines.diffusers_kinds import Pictures, Pipeline, Pipelines
 from workers.engines.diffusers_load import dtype_told, load, versions
 from workers.engines.diffusers_loras import Loras
-from workers.engines.diffusers_memory import Easing, default_side, first_cap
+from workers.engines.diffusers_memory import Easing, default_side, first_cap, give_back
 from workers.engines.diffusers_schedulers import new_scheduler
 from workers.engines.diffusers_text import Size, Texts, texts
 from workers.engines.diffusers_vae import retry_in_float32
@@ -178,9 +178,7 @@ class DiffusersEngine:
         finally:
             self._pipe.maybe_free_model_hooks()  # offloading is its matter, whichever kind ran
         if isinstance(failure, OutOfMemory):  # its frames are gone now, and what they held
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            give_back()
         raise failure
 
     def ease(self) -> str | None:

@@ -6,6 +6,8 @@ picture and of two tell what each further one takes.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +41,15 @@ def limit_to(limit: int | None, device: torch.device, options: DiffusersOptions)
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit / whole), each)
         total += whole if limit is None else min(limit, whole)
     return total
+
+
+def give_back() -> None:
+    """Return what is free within the allocators of Python, torch and the C library."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # of glibc alone
+        trim(0)
 
 
 class Easing:
