@@ -70,6 +70,8 @@ def test_all_kinds_share_one_load_and_leave_no_trace(family: str) -> None:
     for kind in KINDS:
         other = made._pipelines.get(kind).pipe  # type: ignore[arg-type]
         assert other is made._pipelines.get(kind).pipe  # type: ignore[arg-type]
+        told = {name for name in loaded.config if name in other.config and name[0] != "_"}
+        assert {n: other.config[n] for n in told} == {n: loaded.config[n] for n in told}
         for name, part in loaded.components.items():
             if isinstance(part, torch.nn.Module):
                 assert other.components[name] is part
@@ -122,6 +124,12 @@ def test_a_job_without_its_picture_is_refused_alone() -> None:
     assert isinstance(results[0], np.ndarray)
     assert isinstance(results[1], InvalidParameter)
     assert "did not come with the job" in results[1].message
+
+
+def test_a_size_that_klein_would_shrink_is_refused() -> None:
+    job = of_kind("image-to-image", width=1040, height=1024)
+    with pytest.raises(InvalidParameter, match="size 1040x1024: with an input picture"):
+        engine("klein").render([job], Steps(), INPUTS)
 
 
 def test_a_pipeline_without_the_kind_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

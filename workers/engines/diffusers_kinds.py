@@ -71,7 +71,8 @@ def _from_pipe(pipe: Any, kind: Kind) -> Any:
         "inpainting": diffusers.AutoPipelineForInpainting,
     }[kind]
     if type(pipe) is diffusers.Flux2KleinPipeline:  # it has both kinds in one, which auto lacks
-        made = diffusers.Flux2KleinInpaintPipeline(**pipe.components)
+        distilled = pipe.config.is_distilled
+        made = diffusers.Flux2KleinInpaintPipeline(**pipe.components, is_distilled=distilled)
     else:
         try:
             made = auto.from_pipe(pipe)
