@@ -9,6 +9,7 @@ FarmError                       code, a sentence that a person can act on
 |   |-- InvalidPromptFile       ERR_INVALID_PROMPT_FILE   (carries one RowError a bad line)
 |   |-- InvalidConfig           ERR_INVALID_CONFIG
 |   |-- UntrustedModel          ERR_UNTRUSTED_MODEL       (wrong bytes, a pickle, a hostile answer)
+|   |-- AccessDenied            ERR_ACCESS_DENIED         (no token, or one that may not)
 |   |-- KeyReused               ERR_KEY_REUSED
 |   |-- SubmitInProgress        ERR_SUBMIT_IN_PROGRESS
 |   `-- NotFound                ERR_NOT_FOUND
@@ -120,6 +121,12 @@ class NotFound(Invalid):
     """There is no such batch, job or worker."""
 
     code = "ERR_NOT_FOUND"
+
+
+class AccessDenied(Invalid):
+    """This needs a token that allows it."""
+
+    code = "ERR_ACCESS_DENIED"
 
 
 class KeyReused(Invalid):

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from fastapi import BackgroundTasks, Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from farm.errors import DatabaseUnavailable, NotFound
+from farm.errors import AccessDenied, DatabaseUnavailable, NotFound
 from farm.http.problems import Refusal
 from farm.http.state import Here, State
 from farm.store import tokens
@@ -44,7 +44,7 @@ class Access:
     def owner_of_new(self, asked: str) -> str:
         """Whose a new batch is. Raises Refusal when that would be another's."""
         if self.owner is not None and asked not in ("", self.owner):
-            raise Refusal(403, "ERR_FORBIDDEN", f"the token submits for {self.owner!r} alone")
+            raise Refusal(403, AccessDenied.code, f"the token submits for {self.owner!r} alone")
         return asked if self.owner is None else self.owner
 
 
@@ -70,7 +70,7 @@ def authenticate(
 
 
 def _unauthenticated(why: str) -> Refusal:
-    return Refusal(401, "ERR_UNAUTHENTICATED", why, {"WWW-Authenticate": "Bearer"})
+    return Refusal(401, AccessDenied.code, why, {"WWW-Authenticate": "Bearer"})
 
 
 def _mark_used(here: State, token_id: str) -> None:
@@ -87,7 +87,7 @@ def _refuse_strange_pages(request: Request) -> None:
     if origin := request.headers.get("origin"):
         names.append(urlsplit(origin).hostname)
     if not all(name and is_loopback(name) for name in names):
-        raise Refusal(403, "ERR_FORBIDDEN", "without tokens only this machine is served")
+        raise Refusal(403, AccessDenied.code, "without tokens only this machine is served")
 
 
 def is_loopback(host: str) -> bool:
@@ -106,7 +106,7 @@ Who = Annotated[Access, Depends(authenticate)]
 def _needs(scope: str) -> Callable[[Access], Access]:
     def check(who: Who) -> Access:
         if not who.scopes & {scope, "admin"}:
-            raise Refusal(403, "ERR_FORBIDDEN", f"the token has not the scope {scope}")
+            raise Refusal(403, AccessDenied.code, f"the token has not the scope {scope}")
         return who
 
     return check
@@ -118,13 +118,13 @@ Submitter = Annotated[Access, Depends(_needs("submit"))]
 
 def _whole_farm(who: Reader) -> Access:
     if who.owner is not None:
-        raise Refusal(403, "ERR_FORBIDDEN", f"the token sees batches of {who.owner!r} alone")
+        raise Refusal(403, AccessDenied.code, f"the token sees batches of {who.owner!r} alone")
     return who
 
 
 def _changes(who: Submitter) -> Access:
     if who.owner is None and "admin" not in who.scopes:
-        raise Refusal(403, "ERR_FORBIDDEN", "the token has no owner and not the scope admin")
+        raise Refusal(403, AccessDenied.code, "the token has no owner and not the scope admin")
     return who
 
 

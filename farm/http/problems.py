@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from farm.errors import (
+    AccessDenied,
     BlobNotFound,
     EnvironmentFault,
     FarmError,
@@ -30,8 +31,8 @@ MEDIA_TYPE = "application/problem+json"
 _CODES = {404: NotFound.code, 405: "ERR_METHOD_NOT_ALLOWED"}
 _EXAMPLES = {
     400: ("ERR_INVALID", "the multipart body cannot be read"),
-    401: ("ERR_UNAUTHENTICATED", "this farm wants a token: Authorization: Bearer farm_..."),
-    403: ("ERR_FORBIDDEN", "the token has not the scope submit"),
+    401: (AccessDenied.code, "this farm wants a token: Authorization: Bearer farm_..."),
+    403: (AccessDenied.code, "the token has not the scope submit"),
     404: (NotFound.code, "no batch '0f9k2m4x7q3w5t8b'; `farm status` lists them"),
     408: ("ERR_TIMEOUT", "no byte of the body came for 30 seconds"),
     409: (SubmitInProgress.code, SubmitInProgress().message),

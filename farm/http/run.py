@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -60,14 +61,14 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening place, taken before anything is said. Raises InvalidConfig."""
+    """A place to listen on, taken before anything is said. Raises InvalidConfig."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        place = socket.socket(family, kind)
-        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        place.bind(address)
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with contextlib.ExitStack() as unless_bound:
+            place = unless_bound.enter_context(socket.socket(family, kind))
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            place.bind(address)
+            unless_bound.pop_all()
     except OSError as error:
         raise InvalidConfig(f"cannot listen on {host} port {port}: {error.strerror}") from None
     return place

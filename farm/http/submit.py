@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from farm import prompts
+from farm import prompt_files
 from farm.http import bodies, shapes
 from farm.http.access import Submitter
 from farm.http.batches import in_its_turn
@@ -71,7 +71,7 @@ async def _form(request: Request, query: FileOrder, most: int) -> Submission:
     fields, name, file = await bodies.form(request, most)
     try:
         about = _whole(FileOrder.model_validate(fields), query)
-        form = prompts.guess_format(Path(name))
+        form = prompt_files.guess_format(Path(name))
     except ValidationError as error:
         file.close()
         raise bodies.as_request_error(error, "body") from None
