@@ -24,7 +24,7 @@ _WITH_CLIP = Abilities(clip_skip=True)
 _ALL_FAMILIES: dict[str, Abilities] = {"fake": _WITH_CLIP, "diffusers": Abilities()}
 _ABILITIES: dict[tuple[str, Family], Abilities] = {
     **{("diffusers", f): _WITH_CLIP for f in ("sd1", "sd-turbo", "sdxl", "sd3", "other")},
-    **{("sdcpp", f): _WITH_CLIP for f in ("sd1", "sd-turbo", "sdxl", "other")},
+    **{("sdcpp", f): _WITH_CLIP for f in ("sd1", "sd-turbo", "sdxl", "sd3", "other")},
 }
 
 

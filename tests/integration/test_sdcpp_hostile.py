@@ -36,6 +36,7 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
 
 # ------------------------------------------------------------- hostile parameters
 A_CHARACTER = "é" * 2_001
+KEY = f"inputs/{'0' * 64}.png"
 HOSTILE: list[tuple[dict[str, Any], str, str]] = [
     ({"guidance_scale": math.nan}, "ERR_INVALID_PARAMETER", "guidance_scale: expected a number"),
     ({"guidance_scale": math.inf}, "ERR_INVALID_PARAMETER", "guidance_scale: expected a number"),
@@ -61,6 +62,14 @@ HOSTILE: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "a <lora:../x:1>"}, "ERR_INVALID_PROMPT", "<lora:...> in a prompt would open"),
     ({"prompt": "a <LoRA:/etc/passwd:1>"}, "ERR_INVALID_PROMPT", "would open a file"),
     ({"negative_prompt": "<lora:x:1>"}, "ERR_INVALID_PROMPT", "would open a file"),
+    ({"init_image": KEY, "strength": math.nan}, "ERR_INVALID_PARAMETER", "strength: expected a nu"),
+    ({"init_image": KEY, "strength": 1.5}, "ERR_INVALID_PARAMETER", "from 0 to 1, with an init_im"),
+    ({"init_image": "/etc/passwd", "strength": 0.5}, "ERR_INVALID_PARAMETER", "init_image: expec"),
+    ({"mask_image": KEY}, "ERR_INVALID_PARAMETER", "mask_image goes with init_image only"),
+    ({"loras": (("../x", 1.0),)}, "ERR_INVALID_PARAMETER", "names in the catalogue"),
+    ({"loras": (("ink", math.inf),)}, "ERR_INVALID_PARAMETER", "weights from -4 to 4"),
+    ({"loras": (("ink", 1.0),)}, "ERR_INVALID_PARAMETER", "LoRA ink: this worker does not have it"),
+    ({"clip_skip": -1}, "ERR_INVALID_PARAMETER", "clip_skip: expected a whole number from 1"),
     ({"prompt": "(" * 1_900 + "a" + ")" * 1_900}, "ERR_BAD_IMAGE", "all pixels have the same"),
 ]  # fmt: skip
 
@@ -132,6 +141,11 @@ def _misshapen(file: Path) -> None:
     models.write(file, whole)
 
 
+def _half_an_encoder(file: Path) -> None:
+    one = {models.VAE + "encoder.conv_in.weight": np.zeros((128, 3, 3, 3), np.float16)}
+    models.write(file, models.whole() | one)
+
+
 def _gguf(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
     return lambda file: file.write_bytes(change(models.klein_gguf().read_bytes()))
 
@@ -176,6 +190,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
     ("no transformer", _keep(lambda n: not n.startswith(models.DIT)), "klein.safetensors: "),
     ("a part only", _keep(lambda n: n.startswith(models.LLM)), "klein.safetensors: "),
     ("no VAE", _keep(lambda n: not n.startswith(models.VAE)), "not in model file"),
+    ("half an encoder", _half_an_encoder, "not in model file"),
     ("one tensor lost", _keep(lambda n: "txt_in" not in n), "klein.safetensors: "),
     ("one misshapen", _misshapen, "klein.safetensors: "),
     ("GGUF version", _gguf(lambda d: d[:4] + b"\x63\0\0\0" + d[8:]), "GGUF version 99, known"),
