@@ -1,165 +1,47 @@
-"""Prompt files (jsonl, csv, txt, standard input) and plain prompts, as a stream of JobSpecs.
+"""Rows of fields, from a prompt file, a template or Python, as a stream of new jobs.
 
-Nothing is guessed and nothing is skipped: a bad line is a RowError with its number, its field
+Nothing is guessed and nothing is skipped: what is wrong is a RowError with its line, its field
 and what was expected.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import os
+import re
 import secrets
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TypeGuard
 
 from pydantic import ValidationError
 
 from farm.abilities import narrowed
 from farm.catalog import Catalog
-from farm.checks import Link, chain, check_texts
+from farm.checks import Link, chain, check_texts, normalise
 from farm.errors import (
     InvalidParameter,
     InvalidPrompt,
-    InvalidPromptFile,
     RowError,
     UnknownModel,
 )
-from farm.spec import DEFAULT_STRENGTH, EXPECTED, FIELDS, MAX_SEED, JobSpec, row_errors
+from farm.prompt_files import Row
+from farm.spec import (
+    DEFAULT_STRENGTH,
+    EXPECTED,
+    MAX_PROMPT_CHARS,
+    MAX_SEED,
+    JobSpec,
+    NewJob,
+    Shape,
+    refuse_controls,
+    row_errors,
+)
 
-FORMATS = ("jsonl", "csv", "txt")
-MAX_LINE_BYTES = 1 << 20
 MAX_PICTURES = 10_000
-Row = tuple[int, Mapping[str, Any] | RowError]
-_WHOLE = {"width", "height", "steps", "seed", "n", "clip_skip"}
-_NUMBERS = {"guidance_scale", "strength"}
-_ROW_FIELDS = (*FIELDS, "n")
-
-
-def guess_format(path: Path) -> str:
-    """jsonl, csv or txt by the file's ending; raises InvalidPromptFile for any other."""
-    known = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".txt": "txt"}
-    if path.suffix.lower() not in known:
-        raise InvalidPromptFile(
-            f"{path}: the ending {path.suffix!r} is none of {', '.join(known)}; say --format"
-        )
-    return known[path.suffix.lower()]
-
-
-def read_rows(stream: BinaryIO, form: str) -> Iterator[Row]:
-    """(line number from 1, fields or the line's error) for each line with something on it."""
-    lines = _text_lines(stream)
-    if form == "csv":
-        return _read_csv(lines)
-    read = _json_row if form == "jsonl" else _txt_row
-    return (read(n, text) for n, text in lines if isinstance(text, RowError) or text.strip())
-
-
-Line = tuple[int, str | RowError]
-
-
-def _text_lines(stream: BinaryIO) -> Iterator[Line]:
-    number = 0
-    while raw := stream.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if len(raw) > MAX_LINE_BYTES:
-            yield number, _row_error(number, "line", "over 1 MiB", "a line of at most 1 MiB")
-            while raw and not raw.endswith(b"\n"):
-                raw = stream.readline(MAX_LINE_BYTES)
-            continue
-        try:
-            text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            yield number, _row_error(number, "line", f"byte {error.start + 1} is not", "UTF-8 text")
-            continue
-        yield number, text
-
-
-def _row_error(line: int, field: str, got: str, expected: str) -> RowError:
-    return RowError(line, field, got, expected, InvalidPromptFile.code)
-
-
-def _txt_row(number: int, text: str | RowError) -> Row:
-    return number, text if isinstance(text, RowError) else {"prompt": text}
-
-
-def _json_row(number: int, text: str | RowError) -> Row:
-    if isinstance(text, RowError):
-        return number, text
-    try:
-        row = json.loads(text, object_pairs_hook=_no_doubles)
-    except (ValueError, RecursionError) as error:
-        return number, _row_error(number, "line", str(error)[:120], "one JSON object")
-    if not isinstance(row, dict):
-        return number, _row_error(number, "line", type(row).__name__, "one JSON object")
-    return number, row
-
-
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        raise ValueError("a field stands twice")
-    return row
-
-
-def _read_csv(lines: Iterator[Line]) -> Iterator[Row]:
-    """CSV with a header of field names; empty cells count as not given. RFC 4180."""
-    bad: list[RowError] = []
-
-    def texts() -> Iterator[str]:
-        for _, text in lines:  # a bad line stays as an empty one, so that the count holds
-            if isinstance(text, RowError):
-                bad.append(text)
-            yield "\n" if isinstance(text, RowError) else text + "\n"
-
-    reader = csv.reader(texts(), strict=True)
-    header: list[str] = []
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            yield line, _row_error(line, "line", str(error), "a CSV row")
-            continue
-        yield from ((error.line, error) for error in bad)
-        bad.clear()
-        if cells is None:
-            return
-        if cells and header:
-            yield line, _csv_row(line, header, cells)
-        elif cells:
-            header = [name.strip() for name in cells]
-            if problem := _header_problem(header):
-                yield line, _row_error(line, "header", ", ".join(header)[:60], problem)
-                return
-
-
-def _csv_row(line: int, header: list[str], cells: list[str]) -> dict[str, Any] | RowError:
-    if len(cells) != len(header):
-        return _row_error(line, "line", f"{len(cells)} cells", f"{len(header)} cells")
-    named = zip(header, cells, strict=True)
-    return {name: _cell(name, text) for name, text in named if text != ""}
-
-
-def _header_problem(header: list[str]) -> str | None:
-    if "prompt" not in header:
-        return "a first line of field names, `prompt` among them"
-    if len(set(header)) != len(header):
-        return "each column once"
-    unknown = [name for name in header if name not in _ROW_FIELDS]
-    return f"only known fields: {', '.join(_ROW_FIELDS)}" if unknown else None
-
-
-def _cell(name: str, text: str) -> Any:
-    """A number where the field is one and the cell reads as one; else the text, for the check."""
-    try:
-        if name in _WHOLE:
-            return int(text)
-        return float(text) if name in _NUMBERS else text
-    except ValueError:
-        return text
+MOST_SHAPES = 10_000  # kept at once
+_OWN = {"prompt", "negative_prompt", "seed", "n"}
+_ASCII_BAD = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def _no_pictures(given: str) -> str:
@@ -180,40 +62,111 @@ class Defaults:
     checks: Sequence[Link] = chain()
 
 
-def make_specs(
+def make_jobs(
     rows: Iterable[Row], defaults: Defaults, catalog: Catalog
-) -> Iterator[JobSpec | RowError]:
-    """JobSpecs of the rows in order, `n` a row (their seeds counting up), or their errors.
+) -> Iterator[NewJob | RowError]:
+    """Jobs of the rows in order, `n` a row (their seeds counting up), or their errors.
 
     A row without a seed draws one of 32 bits, which the job then records.
     """
-    for line, row in rows:
-        if isinstance(row, RowError):
-            yield row
-            continue
-        yield from _row_specs(line, row, defaults, catalog)
+    return _Maker(defaults, catalog).jobs(rows)
 
 
-def _row_specs(
+class _Maker:
+    """Checks each row; where only texts and seed differ from one that was good, only those."""
+
+    def __init__(self, defaults: Defaults, catalog: Catalog) -> None:
+        self._defaults, self._catalog = defaults, catalog
+        self._shapes: dict[Any, Shape] = {}
+        self._negative, self._seed = (defaults.given.get(k) for k in ("negative_prompt", "seed"))
+        self._links = tuple(link for link in defaults.checks if link not in _SEEN_TO)
+
+    def jobs(self, rows: Iterable[Row]) -> Iterator[NewJob | RowError]:
+        for line, row in rows:
+            if isinstance(row, RowError):
+                yield row
+                continue
+            found = self._like_before(row) or self._slowly(line, row)
+            if isinstance(found, list):
+                yield from found
+                continue
+            job, n = found
+            yield job
+            for i in range(1, n):
+                yield job._replace(seed=job.seed + i)
+
+    def _like_before(self, row: Mapping[str, Any]) -> tuple[NewJob, int] | None:
+        """The first of a row's jobs if its shape is known and its own fields are plainly good."""
+        shape = self._shapes.get(_shape_key(row))
+        if shape is None:
+            return None
+        prompt, negative, seed = row.get("prompt"), row.get("negative_prompt"), row.get("seed")
+        n = row.get("n", self._defaults.n)
+        if negative is None:
+            negative = self._negative or ""
+        if seed is None and (seed := self._seed) is None:
+            seed = secrets.randbits(32)
+        if type(seed) is not int or type(n) is not int or not 1 <= n <= MAX_PICTURES:
+            return None
+        if not 0 <= seed <= MAX_SEED + 1 - n:
+            return None
+        if self._is_good(prompt) and prompt.strip() and self._is_good(negative):
+            return NewJob(shape, prompt, negative, seed), n
+        return None
+
+    def _is_good(self, text: Any) -> TypeGuard[str]:
+        """Whether a text passes the checks as it is, without a doubt."""
+        if type(text) is not str or len(text) > MAX_PROMPT_CHARS:
+            return False
+        if text.isascii():
+            if _ASCII_BAD.search(text):
+                return False
+        elif not (text.isprintable() and unicodedata.is_normalized("NFC", text)):
+            return False
+        try:
+            return all(link(text) == text for link in self._links)
+        except ValueError:
+            return False
+
+    def _slowly(self, line: int, row: Mapping[str, Any]) -> tuple[NewJob, int] | list[RowError]:
+        chosen = _row_spec(line, row, self._defaults, self._catalog)
+        if isinstance(chosen, list):
+            return chosen
+        spec, n = chosen
+        key = _shape_key(row)
+        shape = self._shapes.get(key) or Shape(spec)
+        if key is not None:
+            if len(self._shapes) >= MOST_SHAPES:
+                self._shapes.clear()
+            self._shapes[key] = shape
+        return NewJob(shape, spec.prompt, spec.negative_prompt, spec.seed), n
+
+
+_SEEN_TO = (normalise, refuse_controls)  # by _is_good itself
+
+
+def _shape_key(row: Mapping[str, Any]) -> Any:
+    """Equal for rows that differ in texts, seed and n only; None for values of other kinds."""
+    rest = [(k, type(v), v) for k, v in row.items() if k not in _OWN]
+    if any(kind not in (str, int, float, bool) for _, kind, _ in rest):
+        return None
+    return tuple(rest)
+
+
+def _row_spec(
     line: int, row: Mapping[str, Any], defaults: Defaults, catalog: Catalog
-) -> Iterator[JobSpec | RowError]:
+) -> tuple[JobSpec, int] | list[RowError]:
+    """The first of a row's jobs and how many there are, or all that is wrong with the row."""
     fields = {**defaults.given, **{k: v for k, v in row.items() if v is not None}}
     n = fields.pop("n", defaults.n)
     if type(n) is not int or not 1 <= n <= MAX_PICTURES:
-        yield RowError(line, "n", repr(n)[:60], f"a whole number from 1 to {MAX_PICTURES:,}")
-        return
+        return [RowError(line, "n", repr(n)[:60], f"a whole number from 1 to {MAX_PICTURES:,}")]
     model = fields.get("model")
     if not isinstance(model, str) or model not in catalog.models:
         known = ", ".join(sorted(catalog.models))
-        yield RowError(line, "model", repr(model)[:60], f"one of {known}", UnknownModel.code)
-        return
+        return [RowError(line, "model", repr(model)[:60], f"one of {known}", UnknownModel.code)]
     chosen = _checked_spec(line, fields, n, defaults, catalog)
-    if not isinstance(chosen, JobSpec):
-        yield from chosen
-        return
-    yield chosen
-    for i in range(1, n):
-        yield chosen.model_copy(update={"seed": chosen.seed + i})
+    return (chosen, n) if isinstance(chosen, JobSpec) else chosen
 
 
 def _checked_spec(

@@ -44,10 +44,15 @@ def _free_the_needy(db: Database) -> None:
 
 
 def remove_abandoned(db: Database) -> None:
-    """Remove batches that were never submitted whole."""
+    """Remove batches that were never submitted whole; one that was begun ends as it is."""
     with db.write() as connection:
-        for batch_id in batches.remove_abandoned(connection, HALF_SUBMITTED_S):
-            log.warning("batch %s was never submitted whole; it is removed", batch_id)
+        for batch in batches.abandoned(connection, HALF_SUBMITTED_S):
+            log.warning("batch %s was never submitted whole", batch.id)
+            if batch.ready:
+                batches.release(connection, batch.id, batch.total)
+                jobs.close_if_finished(connection, batch.id)
+            else:
+                batches.remove(connection, batch.id)
 
 
 def _release(db: Database, session_id: str, settings: Settings, *, expired: bool) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from farm import dispatch, prompts, results
+from farm import dispatch, prompt_files, prompts, results
 from farm.blobs import BlobStore, S3Options, open_blobs
 from farm.catalog import Catalog, load_catalog
 from farm.checks import Blocklist, Link, chain
@@ -31,11 +31,11 @@ from farm.errors import (
     InvalidParameter,
     InvalidPromptFile,
     NotFound,
-    RowError,
 )
 from farm.inputs import InputPictures, absolute, picture_key, store
-from farm.prompts import Defaults, Row
-from farm.spec import FIELDS, JobSpec
+from farm.prompt_files import Row
+from farm.prompts import Defaults
+from farm.spec import FIELDS
 from farm.states import JobState
 from farm.store import batches, jobs, reads, schema, sessions
 from farm.store.batches import BatchStatus, Once
@@ -43,15 +43,12 @@ from farm.store.db import Database
 from farm.store.ids import JobRef
 from farm.store.reads import Job
 from farm.store.sessions import Worker
+from farm.submitting import Plan, submit
 
 if TYPE_CHECKING:  # looking at batches needs no Celery, which is slow to import
     from farm.broker import Broker
 
 log = logging.getLogger(__name__)
-CHUNK = 5_000  # jobs in one transaction of a submit
-MOST_ERRORS = 1_000  # bad lines kept for the report; the rest are counted
-_OWN = ("prompt", "negative_prompt", "seed", "engine")  # columns of each job
-_SHARED = tuple(name for name in FIELDS if name not in _OWN)
 
 
 class Farm:
@@ -149,14 +146,14 @@ class Farm:
             if isinstance(source, Path | str):
                 path = Path(source)
                 base = base and path.parent
-                form, name = form or prompts.guess_format(path), name or path.name
+                form, name = form or prompt_files.guess_format(path), name or path.name
                 try:
                     stream: BinaryIO = stack.enter_context(path.open("rb"))
                 except OSError as error:
                     raise InvalidPromptFile(f"{path}: {error.strerror}") from None
             else:
                 stream = source
-            rows = prompts.read_rows(stream, form or "jsonl")
+            rows = prompt_files.read_rows(stream, form or "jsonl")
             return self._submit(
                 rows, n, params, base, name=name, owner=owner, priority=priority, once=once
             )
@@ -191,36 +188,15 @@ class Farm:
         rendered = partial(self._rendered, owner=None if base else about["owner"])
         with InputPictures(lambda: self.blobs, rendered, base) as pictures:
             defaults = Defaults(given, n, pictures.take, self.checks)
-            stream = _checked(prompts.make_specs(rows, defaults, self.catalog))
-            batch_id = self._queue(stream, pictures.settle, about)
-        self._ring()
+            stream = prompts.make_jobs(rows, defaults, self.catalog)
+            plan = Plan(settle=pictures.settle, started=self._ring, **about)
+            batch_id = submit(self.db, stream, plan).batch_id
         try:
             return self.status(batch_id)
         except DatabaseUnavailable as error:
             raise DatabaseUnavailable(
                 f"batch {batch_id} is queued whole, but: {error.message}"
             ) from error
-
-    def _queue(
-        self, stream: Iterator[JobSpec], settle: Callable[[], None], about: dict[str, Any]
-    ) -> str:
-        """Insert a batch whole or not at all; its id. `settle` is called before each commit."""
-        first = list(islice(stream, CHUNK))
-        if not first:
-            raise InvalidPromptFile("there is no prompt in it; nothing was queued")
-        shared = {name: getattr(first[0], name) for name in _SHARED}
-        with batches.submission(self.db, shared, **about) as batch_id:
-            total, chunk = 0, first
-            while chunk:
-                settle()
-                with self.db.write() as connection:
-                    jobs.insert(connection, batch_id, total, chunk, shared)
-                    batches.touch(connection, batch_id)
-                total += len(chunk)
-                chunk = list(islice(stream, CHUNK))
-            with self.db.write() as connection:
-                batches.release(connection, batch_id, total)
-        return batch_id
 
     def _rendered(self, name: str, owner: str | None) -> bytes:
         """The picture of a job named BATCH/INDEX, or as its downloaded file, BATCH-INDEX.
@@ -263,7 +239,7 @@ class Farm:
         """The batch that this request made before; raises KeyReused and SubmitInProgress."""
         with self.db.read() as connection:
             found = batches.made_by(connection, owner, once)
-            return batches.status(connection, found) if found else None
+            return batches.status(connection, found.id) if found and found.whole else None
 
     def batches(
         self, limit: int = 20, *, before: str | None = None, owner: str | None = None
@@ -428,19 +404,3 @@ def s3_options(settings: Settings) -> S3Options:
         path_style=settings.s3_path_style,
         checksums=settings.s3_checksums,
     )
-
-
-def _checked(stream: Iterator[JobSpec | RowError]) -> Iterator[JobSpec]:
-    """The specs while all are good; after a bad row the errors are gathered, then raised."""
-    errors: list[RowError] = []
-    bad = 0
-    for item in stream:
-        if isinstance(item, RowError):
-            bad += 1
-            if len(errors) < MOST_ERRORS:
-                errors.append(item)
-        elif not bad:
-            yield item
-    if bad:
-        what = "1 thing is wrong" if bad == 1 else f"{bad:,} things are wrong"
-        raise InvalidPromptFile(f"{what}; nothing was queued", errors)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
@@ -144,6 +144,33 @@ class JobSpec(BaseModel):
         hashes = [(loras or {})[name] for name, _ in self.loras]
         whole = {**self.model_dump(), "engine": engine, "weights": [weights_sha256, *hashes]}
         return hashlib.sha256(_canonical(whole).encode()).hexdigest()
+
+
+class Shape:
+    """What jobs have in common that differ in their texts and seeds only."""
+
+    __slots__ = ("key", "spec")
+
+    def __init__(self, spec: JobSpec) -> None:
+        self.spec, self.key = spec, spec.key
+
+
+class NewJob(NamedTuple):
+    """A job on its way in: a million of them share few shapes, which are checked once."""
+
+    shape: Shape
+    prompt: str
+    negative_prompt: str
+    seed: int
+
+    @classmethod
+    def of(cls, spec: JobSpec) -> NewJob:
+        return cls(Shape(spec), spec.prompt, spec.negative_prompt, spec.seed)
+
+    @property
+    def spec(self) -> JobSpec:
+        own = {"prompt": self.prompt, "negative_prompt": self.negative_prompt, "seed": self.seed}
+        return self.shape.spec.model_copy(update=own)
 
 
 FIELDS = tuple(JobSpec.model_fields)

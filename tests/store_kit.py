@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from sqlalchemy import select
 
 from farm.catalog import Lane
-from farm.spec import JobSpec
-from farm.store import batches, jobs, schema, sessions
+from farm.spec import JobSpec, NewJob
+from farm.store import batches, intake, jobs, schema, sessions
 from farm.store.db import Database
 from farm.store.jobs import Claim, Picture
 from farm.store.tables import batches as batches_table
@@ -39,11 +39,13 @@ class Kit:
 
     def batch(self, *specs: JobSpec, priority: int = 0, ready: bool = True) -> str:
         shared = {
-            k: v for k, v in specs[0].model_dump().items() if k not in ("prompt", "seed", "engine")
+            k: v
+            for k, v in specs[0].model_dump(mode="json").items()
+            if k not in ("prompt", "seed", "engine")
         }
         with self.db.write() as connection:
             batch_id = batches.create(connection, shared, name="", owner="", priority=priority)
-            jobs.insert(connection, batch_id, 0, specs, shared)
+            intake.insert(connection, batch_id, 0, [NewJob.of(s) for s in specs], shared)
             if ready:
                 batches.release(connection, batch_id, len(specs))
         return batch_id

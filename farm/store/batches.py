@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +11,6 @@ from sqlalchemy.exc import IntegrityError
 from farm.catalog import Lane
 from farm.errors import KeyReused, NotFound, SubmitInProgress
 from farm.states import JobState
-from farm.store.db import Database
 from farm.store.ids import new_batch_id
 from farm.store.tables import batches, counts, is_due, jobs, may_fit, now
 
@@ -28,6 +25,7 @@ class BatchStatus:
     priority: int
     paused: bool
     ready: bool
+    whole: bool
     total: int
     counts: dict[str, int]
     by_model: dict[str, dict[str, int]]
@@ -44,7 +42,7 @@ class BatchStatus:
 
     @property
     def done(self) -> bool:
-        return self.ready and self.open == 0
+        return self.whole and self.open == 0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"done": self.done}
@@ -66,8 +64,9 @@ def create(
     owner: str,
     priority: int,
     once: Once | None = None,
+    ready: bool = False,
 ) -> str:
-    """A new, empty batch that no worker sees before `release`. Its id.
+    """A new, empty batch that no worker sees before `release`, unless it is `ready`. Its id.
 
     Raises SubmitInProgress when another batch of the owner has the key of `once`.
     """
@@ -78,6 +77,7 @@ def create(
         "name": name,
         "owner": owner,
         "priority": priority,
+        "ready": ready,
         "created_at": now(),
         "touched_at": now(),
     }
@@ -90,58 +90,62 @@ def create(
     return batch_id
 
 
-def made_by(connection: Connection, owner: str, once: Once) -> str | None:
-    """The batch that this very request made before, if it did; its id.
+@dataclass(frozen=True)
+class Made:
+    """What a submit has made so far: `total` jobs are in, of whose texts `digest` tells."""
 
-    Raises KeyReused when the key belongs to another request, SubmitInProgress while the batch is
-    not whole.
+    id: str
+    total: int
+    digest: str
+    ready: bool
+    whole: bool
+    params: dict[str, Any]
+
+
+def _made(row: Row[Any]) -> Made:
+    return Made(row.id, row.total, row.digest, row.ready, row.whole, row.params)
+
+
+def made_by(connection: Connection, owner: str, once: Once) -> Made | None:
+    """What this very request made before, be it whole or not.
+
+    Raises KeyReused when the key belongs to another request.
     """
     mine = and_(batches.c.owner == owner, batches.c.idempotency_key == once.key)
-    query = select(batches.c.id, batches.c.request_sha256, batches.c.ready).where(mine)
-    row = connection.execute(query).first()
+    row = connection.execute(select(batches).where(mine)).first()
     if row is None:
         return None
     if row.request_sha256 != once.sha256:
         raise KeyReused()
-    if not row.ready:
-        raise SubmitInProgress()
-    return str(row.id)
+    return _made(row)
 
 
-def touch(connection: Connection, batch_id: str) -> None:
-    """Its submitter lives and goes on."""
-    connection.execute(update(batches).where(batches.c.id == batch_id).values(touched_at=now()))
-
-
-def remove_abandoned(connection: Connection, after_s: float) -> list[str]:
-    """Remove batches whose submitter stopped half-way, silent for `after_s` seconds; their ids."""
-    half = and_(~batches.c.ready, batches.c.touched_at < now() - after_s)
-    return list(connection.scalars(delete(batches).where(half).returning(batches.c.id)))
+def grow(connection: Connection, batch_id: str, before: int, total: int, digest: str) -> bool:
+    """Make room for the jobs from `before` to `total`; False: another submitter was here."""
+    moved = connection.execute(
+        update(batches)
+        .where(batches.c.id == batch_id, batches.c.total == before, ~batches.c.whole)
+        .values(total=total, digest=digest, touched_at=now())
+    )
+    return bool(moved.rowcount)
 
 
 def release(connection: Connection, batch_id: str, total: int) -> None:
     """The batch is whole: workers may take its jobs."""
     connection.execute(
-        update(batches).where(batches.c.id == batch_id).values(ready=True, total=total)
+        update(batches).where(batches.c.id == batch_id).values(ready=True, whole=True, total=total)
     )
+
+
+def abandoned(connection: Connection, after_s: float) -> list[Made]:
+    """Batches whose submitter stopped half-way, silent for `after_s` seconds."""
+    silent = and_(~batches.c.whole, batches.c.touched_at < now() - after_s)
+    return [_made(row) for row in connection.execute(select(batches).where(silent))]
 
 
 def remove(connection: Connection, batch_id: str) -> None:
     """The batch and its rows are gone (a submit that was refused)."""
     connection.execute(delete(batches).where(batches.c.id == batch_id))
-
-
-@contextmanager
-def submission(db: Database, params: dict[str, Any], **about: Any) -> Iterator[str]:
-    """A batch under construction, `about` as in `create`: removed again when the block raises."""
-    with db.write() as connection:
-        batch_id = create(connection, params, **about)
-    try:
-        yield batch_id
-    except BaseException:
-        with db.write() as connection:
-            remove(connection, batch_id)
-        raise
 
 
 def status(connection: Connection, batch_id: str) -> BatchStatus:
@@ -265,6 +269,7 @@ def _status(row: Row[Any], by_model: dict[str, dict[str, int]]) -> BatchStatus:
         priority=row.priority,
         paused=row.paused,
         ready=row.ready,
+        whole=row.whole,
         total=row.total,
         counts=total,
         by_model=by_model,

@@ -66,7 +66,7 @@ def _pool_of(held: Claim) -> Pool:
     return (held.ref.batch_id, held.spec.model, held.spec.engine or "")
 
 
-def _counter(pool: Pool) -> ColumnElement[bool]:
+def counter_of(pool: Pool) -> ColumnElement[bool]:
     batch_id, model, asked = pool
     return and_(
         counts.c.batch_id == batch_id, counts.c.model == model, counts.c.asked_engine == asked
@@ -89,52 +89,22 @@ class _Tally:
         for pool, counter in sorted(self.moves.items()):
             changed = {counts.c[state]: counts.c[state] + n for state, n in counter.items() if n}
             if changed:
-                connection.execute(update(counts).where(_counter(pool)).values(changed))
+                connection.execute(update(counts).where(counter_of(pool)).values(changed))
         finals = {p[0] for p, c in self.moves.items() if any(c[s] > 0 for s in FINAL_STATES)}
         for batch_id in sorted(finals):
-            _close_if_finished(connection, batch_id)
+            close_if_finished(connection, batch_id)
 
 
-def _close_if_finished(connection: Connection, batch_id: str) -> None:
+def close_if_finished(connection: Connection, batch_id: str) -> None:
+    """Note the time when the last job of a batch has ended."""
     row = select(batches.c.id).where(batches.c.id == batch_id)
     connection.execute(row.with_for_update(key_share=True)).all()  # then look with a new snapshot
     left = and_(counts.c.batch_id == batch_id, counts.c.queued + counts.c.running > 0)
     connection.execute(
         update(batches)
-        .where(batches.c.id == batch_id, batches.c.ready, ~exists().where(left))
+        .where(batches.c.id == batch_id, batches.c.whole, ~exists().where(left))
         .values(finished_at=now())
     )
-
-
-def insert(
-    connection: Connection,
-    batch_id: str,
-    first_idx: int,
-    specs: Sequence[JobSpec],
-    shared: dict[str, Any],
-) -> None:
-    """Queue `specs` as jobs first_idx, first_idx + 1, ... of a batch whose params are `shared`."""
-    rows = []
-    for idx, spec in enumerate(specs, start=first_idx):
-        fields = spec.model_dump()
-        own = {k: v for k, v in fields.items() if k in shared and shared[k] != v}
-        rows.append(
-            {
-                "batch_id": batch_id,
-                "idx": idx,
-                "key": spec.key,
-                "asked_engine": spec.engine or "",
-                "params": own or None,
-                **{k: fields[k] for k in ("model", "prompt", "negative_prompt", "seed")},
-            }
-        )
-    connection.execute(jobs.insert(), rows)
-    for (model, asked), n in Counter((spec.model, spec.engine or "") for spec in specs).items():
-        mine = _counter((batch_id, model, asked))
-        more = update(counts).where(mine).values({counts.c.queued: counts.c.queued + n})
-        if not connection.execute(more).rowcount:
-            first = {"batch_id": batch_id, "model": model, "asked_engine": asked, QUEUED: n}
-            connection.execute(counts.insert().values(first))
 
 
 def claim(
@@ -237,7 +207,7 @@ def lock(connection: Connection, held: Sequence[Claim]) -> None:
         rows = select(jobs.c.idx).where(jobs.c.session_id == session_id, is_state(RUNNING))
         connection.execute(rows.order_by(jobs.c.batch_id, jobs.c.idx).with_for_update()).all()
     for pool in sorted({_pool_of(claim) for claim in held}):
-        connection.execute(select(counts.c.model).where(_counter(pool)).with_for_update()).all()
+        connection.execute(select(counts.c.model).where(counter_of(pool)).with_for_update()).all()
     for batch_id in sorted({claim.ref.batch_id for claim in held}):
         whole = select(batches.c.id).where(batches.c.id == batch_id)
         connection.execute(whole.with_for_update(key_share=True)).all()

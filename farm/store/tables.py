@@ -79,7 +79,9 @@ batches = Table(
     Column("priority", Integer, nullable=False, server_default="0"),  # larger goes first
     Column("params", JSON, nullable=False),  # what its jobs share, once
     Column("total", Integer, nullable=False, server_default="0"),
-    Column("ready", Boolean, nullable=False, server_default=text("false")),  # wholly submitted
+    Column("ready", Boolean, nullable=False, server_default=text("false")),  # may be claimed
+    Column("whole", Boolean, nullable=False, server_default=text("false")),  # wholly submitted
+    Column("digest", String(64), nullable=False, server_default=""),  # of its jobs so far, in order
     Column("paused", Boolean, nullable=False, server_default=text("false")),
     Column("created_at", Double, nullable=False),
     Column("touched_at", Double, nullable=False),  # last sign of its submitter

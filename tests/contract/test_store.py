@@ -444,23 +444,6 @@ def test_finding_batches(kit: Kit) -> None:
             reads.job(connection, JobRef(batch, 5))
 
 
-def test_a_refused_submission_leaves_nothing(kit: Kit) -> None:
-    seen: list[str] = []
-
-    def submit() -> None:
-        with batches.submission(kit.db, {}, name="", owner="", priority=0) as batch:
-            seen.append(batch)
-            with kit.db.write() as connection:
-                jobs.insert(connection, batch, 0, [spec()], {})
-            raise InvalidPrompt("bad line")
-
-    with pytest.raises(InvalidPrompt):
-        submit()
-    with kit.db.read() as connection:
-        assert batches.recent(connection) == []
-        assert jobs.count_states(connection, seen[0]) == {}
-
-
 def test_every_arrow_of_the_table_is_walked_by_a_function(kit: Kit) -> None:
     """The arrows that the functions walk are those of TRANSITIONS, neither more nor fewer."""
     walked = set()

@@ -7,8 +7,8 @@ import pytest
 
 from farm.catalog import Catalog, LoraEntry, ModelEntry, Weights
 from farm.errors import InvalidParameter, RowError
-from farm.prompts import Defaults, make_specs, prompt_rows
-from farm.spec import JobSpec
+from farm.prompts import Defaults, make_jobs, prompt_rows
+from farm.spec import JobSpec, NewJob
 
 PICTURE = f"inputs/{'a' * 64}.png"
 CATALOG = Catalog(
@@ -27,10 +27,10 @@ CATALOG = Catalog(
 
 
 def one(**row: Any) -> JobSpec | RowError:
-    (found,) = make_specs(
+    (found,) = make_jobs(
         prompt_rows([{"prompt": "a", **row}]), Defaults({"model": "both"}, take=take), CATALOG
     )
-    return found
+    return found.spec if isinstance(found, NewJob) else found
 
 
 def take(given: str) -> str:

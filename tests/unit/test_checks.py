@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from farm.catalog import load_catalog
 from farm.checks import Blocklist, chain, check_texts, folded
 from farm.errors import InvalidConfig, RowError
-from farm.prompts import Defaults, make_specs, prompt_rows
-from farm.spec import MAX_PROMPT_CHARS, JobSpec
+from farm.prompts import Defaults, make_jobs, prompt_rows
+from farm.spec import MAX_PROMPT_CHARS, JobSpec, NewJob
 
 BLOCKED = Blocklist(["gore", "Two  Words", "流血", "ナイフ", "피", "straße", "c++", "कम", "🔪"])
 
@@ -69,7 +69,8 @@ def test_a_file_that_blocks_nothing_is_a_wrong_setting(tmp_path: Path, data: byt
 
 def specs(*rows: dict[str, object]) -> list[JobSpec | RowError]:
     defaults = Defaults({"model": "shapes"}, checks=chain(BLOCKED))
-    return list(make_specs(prompt_rows(rows), defaults, load_catalog()))
+    found = make_jobs(prompt_rows(rows), defaults, load_catalog())
+    return [item.spec if isinstance(item, NewJob) else item for item in found]
 
 
 def test_a_row_is_refused_by_line_and_field_and_the_term_is_not_told() -> None:

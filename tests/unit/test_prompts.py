@@ -7,15 +7,17 @@ import pytest
 
 from farm.catalog import load_catalog
 from farm.errors import InvalidPromptFile, RowError
-from farm.prompts import MAX_LINE_BYTES, Defaults, guess_format, make_specs, prompt_rows, read_rows
-from farm.spec import JobSpec
+from farm.prompt_files import MAX_LINE_BYTES, guess_format, read_rows
+from farm.prompts import Defaults, make_jobs, prompt_rows
+from farm.spec import JobSpec, NewJob
 
 CATALOG = load_catalog()
 
 
 def specs(data: bytes, form: str, n: int = 1, **given: object) -> list[JobSpec | RowError]:
     defaults = Defaults({"model": "shapes", **given}, n)
-    return list(make_specs(read_rows(io.BytesIO(data), form), defaults, CATALOG))
+    jobs = make_jobs(read_rows(io.BytesIO(data), form), defaults, CATALOG)
+    return [job.spec if isinstance(job, NewJob) else job for job in jobs]
 
 
 def errors(data: bytes, form: str) -> list[tuple[int, str]]:

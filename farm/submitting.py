@@ -1,0 +1,210 @@
+"""Submitting: a stream of new jobs into one batch, in chunks, whatever its length.
+
+A plain batch is held until its last row was good, and gone again if one was not. An eager one is
+handed out from its first chunk on, and bad rows are left out. With a key, a submit that was
+interrupted goes on where it stopped, and one that was finished is not done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from farm.errors import InvalidPromptFile, KeyReused, RowError, SubmitInProgress
+from farm.spec import FIELDS, NewJob
+from farm.store import batches, intake, jobs
+from farm.store.batches import Made, Once
+from farm.store.db import Database
+
+CHUNK = 20_000  # jobs in one transaction
+FIRST_CHUNK = 64  # of an eager submit, so that it starts at once; then four times as many
+FLUSH_S = 0.5  # an eager chunk waits no longer for more rows
+MOST_ERRORS = 1_000  # bad rows kept for the report; the rest are counted
+_OWN = ("prompt", "negative_prompt", "seed", "engine")  # columns of each job
+_SHARED = {name for name in FIELDS if name not in _OWN}
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to submit.
+
+    `settle` is called before each commit, `started` when the first jobs may be taken, `progress`
+    with the number of jobs queued so far.
+    """
+
+    name: str = ""
+    owner: str = ""
+    priority: int = 0
+    once: Once | None = None
+    eager: bool = False
+    settle: Callable[[], None] = _nothing
+    started: Callable[[], None] = _nothing
+    progress: Callable[[int], None] = _nothing
+
+
+@dataclass
+class Submitted:
+    """What became of it.
+
+    `resumed`: jobs that were in before. `bad`: rows left out, the first of them in `errors`.
+    """
+
+    batch_id: str = ""
+    total: int = 0
+    resumed: int = 0
+    bad: int = 0
+    errors: list[RowError] = field(default_factory=list)
+
+
+def submit(db: Database, stream: Iterable[NewJob | RowError], plan: Plan) -> Submitted:
+    """Queue the stream as one batch, or go on with the one that the same request began.
+
+    Raises InvalidPromptFile with the bad rows (unless eager) or when no row is good, KeyReused when
+    the key was used for something else, and SubmitInProgress when another process is at it.
+    """
+    return _Submit(db, plan).run(iter(stream))
+
+
+class _Submit:
+    def __init__(self, db: Database, plan: Plan) -> None:
+        self._db, self._plan = db, plan
+        self._told = Submitted()
+        self._shared: dict[str, Any] = {}
+        self._digest = hashlib.sha256()
+
+    def run(self, stream: Iterator[NewJob | RowError]) -> Submitted:
+        made = self._made()
+        good = self._good(stream)
+        try:
+            if made:
+                self._go_on(made, good)
+            if not (made and made.whole):
+                for chunk in _chunks(good, self._plan.eager):
+                    self._insert(chunk)
+                self._finish()
+        except InvalidPromptFile:
+            self._remove()
+            raise
+        except BaseException:
+            if not self._plan.once:
+                self._remove()
+            raise
+        return self._told
+
+    def _made(self) -> Made | None:
+        if not self._plan.once:
+            return None
+        with self._db.read() as connection:
+            return batches.made_by(connection, self._plan.owner, self._plan.once)
+
+    def _good(self, stream: Iterator[NewJob | RowError]) -> Iterator[NewJob]:
+        """The good rows; unless eager, only those before the first bad one."""
+        told = self._told
+        for item in stream:
+            if isinstance(item, NewJob):
+                if self._plan.eager or not told.bad:
+                    yield item
+                continue
+            told.bad += 1
+            if len(told.errors) < MOST_ERRORS:
+                told.errors.append(item)
+
+    def _go_on(self, made: Made, good: Iterator[NewJob]) -> None:
+        """Pass over what is in already; it must be the same as it was."""
+        left = made.total
+        while left and (chunk := list(islice(good, min(left, CHUNK)))):
+            self._digest.update(_texts(chunk))
+            left -= len(chunk)
+        more = made.whole and next(good, None) is not None
+        if left or more or self._digest.hexdigest() != made.digest:
+            raise KeyReused(
+                f"the idempotency key was used for batch {made.id}, and these are not its prompts; "
+                "give the same ones, or another key"
+            )
+        self._shared = made.params
+        told = self._told
+        told.batch_id, told.total, told.resumed = made.id, made.total, made.total
+        self._plan.progress(told.total)
+
+    def _insert(self, chunk: list[NewJob]) -> None:
+        told, plan = self._told, self._plan
+        plan.settle()
+        self._digest.update(_texts(chunk))
+        first = not told.batch_id
+        with self._db.write() as connection:
+            if first:
+                self._shared = chunk[0].shape.spec.model_dump(mode="json", include=_SHARED)
+                batch_id = batches.create(
+                    connection,
+                    self._shared,
+                    name=plan.name,
+                    owner=plan.owner,
+                    priority=plan.priority,
+                    once=plan.once,
+                    ready=plan.eager,
+                )
+            else:
+                batch_id = told.batch_id
+            total, digest = told.total + len(chunk), self._digest.hexdigest()
+            if not batches.grow(connection, batch_id, told.total, total, digest):
+                raise SubmitInProgress()
+            intake.insert(connection, batch_id, told.total, chunk, self._shared)
+        told.batch_id, told.total = batch_id, total
+        if first and plan.eager:
+            plan.started()
+        plan.progress(total)
+
+    def _finish(self) -> None:
+        told = self._told
+        if told.bad and not self._plan.eager:
+            what = "1 thing is wrong" if told.bad == 1 else f"{told.bad:,} things are wrong"
+            raise InvalidPromptFile(f"{what}; nothing was queued", told.errors)
+        if not told.total:
+            what = "no row of it is good" if told.bad else "there is no prompt in it"
+            raise InvalidPromptFile(f"{what}; nothing was queued", told.errors)
+        with self._db.write() as connection:
+            batches.release(connection, told.batch_id, told.total)
+            jobs.close_if_finished(connection, told.batch_id)
+        self._plan.started()
+
+    def _remove(self) -> None:
+        """Nothing stays of a submit that failed; what an eager one handed out ends as it is."""
+        told = self._told
+        if not told.batch_id:
+            return
+        with self._db.write() as connection:
+            if self._plan.eager:
+                batches.release(connection, told.batch_id, told.total)
+                jobs.close_if_finished(connection, told.batch_id)
+            else:
+                batches.remove(connection, told.batch_id)
+
+
+def _chunks(stream: Iterator[NewJob], eager: bool) -> Iterator[list[NewJob]]:
+    """Lists of jobs; of an eager submit small ones first, and none waits long for more."""
+    if not eager:
+        while chunk := list(islice(stream, CHUNK)):
+            yield chunk
+        return
+    chunk, size, until = [], FIRST_CHUNK, time.monotonic() + FLUSH_S
+    for job in stream:
+        chunk.append(job)
+        if len(chunk) >= size or time.monotonic() > until:
+            yield chunk
+            chunk, size, until = [], min(size * 4, CHUNK), time.monotonic() + FLUSH_S
+    if chunk:
+        yield chunk
+
+
+def _texts(chunk: list[NewJob]) -> bytes:
+    """What tells whether two streams are the same. Seeds are no part: they may have been drawn."""
+    lines = [f"{job.shape.key}\t{job.prompt}\t{job.negative_prompt}\n" for job in chunk]
+    return "".join(lines).encode()
