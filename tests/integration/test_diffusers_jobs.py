@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from farm.catalog import Weights
 from farm.demo import SHAPES_DIR
-from farm.errors import BadImage, InvalidParameter, InvalidPrompt
+from farm.errors import BadImage, InvalidParameter, InvalidPrompt, OutOfMemory
 from tests.diffusers_kit import (
     FLOAT32_TOLERANCE,
     INPUTS,
@@ -353,6 +353,23 @@ def test_a_broken_lora_fails_its_own_jobs(
     assert torch.equal(styled(made, 0), plain)
     assert torch.equal(plain, floats("sd15", [spec()]))
     assert not torch.equal(styled(made, 0, good=1), plain)
+
+
+def test_no_memory_for_a_lora_is_not_its_fault(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = {"one": lora("sd15", tmp_path / "one.safetensors")}
+    made = DiffusersEngine(config(tiny("sd15"), loras=files))
+    made.load()
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(made._pipe, "load_lora_weights", full)
+        with pytest.raises(OutOfMemory):
+            styled(made, 0, one=1)
+    assert not torch.equal(styled(made, 0, one=1), styled(made, 0))
 
 
 def test_a_lora_that_the_worker_does_not_have() -> None:

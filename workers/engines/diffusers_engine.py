@@ -26,7 +26,6 @@ import torch
 
 from farm.errors import (
     BadImage,
-    EngineCrashed,
     FarmError,
     Invalid,
     InvalidConfig,
@@ -38,6 +37,7 @@ from farm.errors import (
 from farm.spec import JobSpec
 from workers.engine import NO_INPUTS, EngineConfig, EngineInfo, Inputs, Pixels, Watch, said
 from workers.engines import diffusers_kinds as kinds
+from workers.engines.diffusers_failures import translated
 from workers.engines.diffusers_kinds import Pictures, Pipeline, Pipelines
 from workers.engines.diffusers_load import dtype_told, load, versions
 from workers.engines.diffusers_loras import Loras
@@ -46,8 +46,6 @@ from workers.engines.diffusers_schedulers import new_scheduler
 from workers.engines.diffusers_text import Size, Texts, texts
 from workers.engines.diffusers_vae import retry_in_float32
 
-NO_MEMORY = ("DefaultCPUAllocator", "could not create a primitive")
-"""How a CPU's lack of memory is told: by torch's allocator, and by oneDNN under a limit."""
 SELF_TEST_SIDE, SELF_TEST_STEPS = 64, 4  # PNDM fails with fewer than four
 
 
@@ -172,7 +170,7 @@ class DiffusersEngine:
             refused = getattr(output, "nsfw_content_detected", None) or [False] * len(group.jobs)
             return Floats(kinds.kept(output.images.float(), group.pictures), refused)
         except (RuntimeError, ValueError) as error:
-            failure = _translated(error)
+            failure = translated(error)
             if failure is None:
                 raise
         finally:
@@ -278,16 +276,3 @@ def to_pixels(images: torch.Tensor) -> list[Pixels]:
     rounded = (images.nan_to_num() * 255).round().clamp(0, 255).to(torch.uint8)
     pixels: list[Pixels] = list(rounded.permute(0, 2, 3, 1).contiguous().cpu().numpy())
     return pixels
-
-
-def _translated(error: Exception) -> FarmError | None:
-    """What the farm calls a failure of torch or of a pipeline; None when it has no name."""
-    text = said(error)
-    if isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in NO_MEMORY):
-        return OutOfMemory(text)
-    if isinstance(error, torch.AcceleratorError) or "CUDA error" in text:
-        return EngineCrashed(f"the device failed, {text}")
-    told = text.lower()  # what the pipelines say of sizes, LCM of more steps than it has
-    if isinstance(error, ValueError) and any(s in told for s in ("height", "width", "_steps")):
-        return InvalidParameter(text)
-    return None

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from farm.errors import InvalidParameter, ModelNotLoaded
+from farm.errors import EngineCrashed, InvalidParameter, ModelNotLoaded, OutOfMemory
 from farm.weight_files import sha256_of
 from workers.engine import said
 from workers.engines.checkpoint_files import check_checkpoint
+from workers.engines.diffusers_failures import translated
 
 MOST_LOADED = 16
 """So many are kept beside the model; the one not used for longest makes room."""
@@ -95,10 +96,10 @@ class Loras:
                     use_safetensors=True,
                 )
             fault = complaints.unexpected or self._fault(adapter)
-        except torch.OutOfMemoryError:
-            self._drop(adapter)
-            raise
         except Exception as error:
+            if isinstance(translated(error), OutOfMemory | EngineCrashed):  # not the file's fault
+                self._drop(adapter)
+                raise
             fault = said(error)
         if fault:
             self._drop(adapter)
