@@ -20,7 +20,7 @@ from tempfile import SpooledTemporaryFile
 from types import TracebackType
 from typing import IO, Any
 
-from farm import prompts, results
+from farm import prompt_files, results
 from farm.errors import (
     BlobDamaged,
     EnvironmentFault,
@@ -32,6 +32,7 @@ from farm.errors import (
     by_code,
 )
 from farm.pictures import sha256
+from farm.spec import JobSpec
 from farm.states import JobState
 from farm.store.batches import BatchStatus
 from farm.store.ids import JobRef
@@ -97,7 +98,7 @@ class FarmClient:
         with contextlib.ExitStack() as stack:
             if isinstance(source, Path | str):
                 path = Path(source)
-                form, name = form or prompts.guess_format(path), name or path.name
+                form, name = form or prompt_files.guess_format(path), name or path.name
                 try:
                     source = stack.enter_context(path.open("rb"))
                 except OSError as error:
@@ -108,6 +109,8 @@ class FarmClient:
     def _submit(self, file: IO[bytes], form: str, about: dict[str, Any]) -> BatchStatus:
         if isinstance(about.get("loras"), Mapping):
             about["loras"] = ", ".join(f"{k}:{v}" for k, v in about["loras"].items())
+        if form not in _TYPES:
+            raise InvalidPromptFile(f"over HTTP a prompt file is one of {', '.join(_TYPES)}")
         headers = {"Content-Type": _TYPES[form], "Idempotency-Key": secrets.token_urlsafe(16)}
 
         def body() -> Iterator[bytes]:
@@ -275,7 +278,8 @@ def _batch(row: Mapping[str, Any]) -> BatchStatus:
 
 
 def _job(row: Mapping[str, Any]) -> Job:
-    return Job(**{name: row[name] for name in Job.__dataclass_fields__})
+    plain = {name: row[name] for name in Job.__dataclass_fields__}
+    return Job(**plain | {"spec": JobSpec.from_record(row["spec"]).model_dump()})
 
 
 def _failure(answer: httpx.Response) -> FarmError:

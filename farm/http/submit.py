@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from farm import prompt_files
+from farm.errors import InvalidPromptFile
 from farm.http import bodies, shapes
 from farm.http.access import Submitter
 from farm.http.batches import in_its_turn
@@ -72,6 +73,8 @@ async def _form(request: Request, query: FileOrder, most: int) -> Submission:
     try:
         about = _whole(FileOrder.model_validate(fields), query)
         form = prompt_files.guess_format(Path(name))
+        if form not in FORMS.values():
+            raise InvalidPromptFile(f"{form} is not taken here; send one of {', '.join(FORMS)}")
     except ValidationError as error:
         file.close()
         raise bodies.as_request_error(error, "body") from None
