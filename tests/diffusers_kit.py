@@ -27,6 +27,9 @@ QUIET = [
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
 ]
 PROMPTS = ("a red cat", "the blue dog on a photo of the green cat", "green", "x y z")
+FAMILIES = ("sd15", "sdxl", "sd3", "flux", "klein", "qwen_image", "z_image")
+KINDS = ("image-to-image", "inpainting")
+LONG = "the red cat on a photo of the green dog " * 10  # 100 tokens of CLIP
 FLOAT32_TOLERANCE = 1e-4
 """Of the range 0 to 1, between sizes of micro-batches; half a step of 8 bits is 2e-3."""
 
