@@ -143,8 +143,17 @@ def test_what_does_not_fit_the_limit_is_out_of_memory_and_the_next_renders(
 
 @LINUX
 def test_tiles_make_a_picture_fit_that_did_not(enough: int, tmp_path: Path) -> None:
-    limit = enough + 80 * 2**20
-    child = Child(config(tiny("sd15"), memory_limit=limit), log=tmp_path / "log")
+    wide = AutoencoderKL(
+        sample_size=64,
+        block_out_channels=(64,) * 4,
+        norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
+    wide.save_pretrained(tmp_path / "wide")  # 64 MiB a layer at 512x512, 1 MiB a tile
+    limit = enough + 130 * 2**20
+    told = config(tiny("sd15"), components={"vae": str(tmp_path / "wide")}, memory_limit=limit)
+    child = Child(told, log=tmp_path / "log")
     child.start()
     assert outcome(child, 512) == ["Eased", "Rendered"]
     assert outcome(child, 512) == ["Rendered"], "once eased it stays so"
