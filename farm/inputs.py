@@ -104,7 +104,8 @@ class InputPictures:
     `blobs` opens the blob store. `rendered` gives the file of a job's picture by the job's name.
     `base`: the directory of relative paths; None: the rows came from elsewhere, and may name no
     local file and no object of the store but input pictures.
-    Uploads go on in threads; `settle` waits until all that was taken is stored.
+    Uploads go on in threads; `settle` waits until all that was taken is stored. Without `upload`
+    they are only looked at.
     """
 
     def __init__(
@@ -112,8 +113,11 @@ class InputPictures:
         blobs: Callable[[], BlobStore],
         rendered: Callable[[str], bytes],
         base: Path | None,
+        *,
+        upload: bool = True,
     ) -> None:
         self._blobs, self._rendered, self._base = blobs, rendered, base
+        self._upload = upload
         self._taken: dict[str, str | InvalidParameter] = {}
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="inputs")
         self._uploads: deque[Future[None]] = deque()
@@ -170,6 +174,8 @@ class InputPictures:
 
     def _keep(self, data: bytes) -> str:
         key = picture_key(data)
+        if not self._upload:
+            return key
         while len(self._uploads) >= THREADS:  # bounds the memory
             self._uploads.popleft().result()
         self._uploads.append(self._pool.submit(store, self._blobs(), key, data))

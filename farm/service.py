@@ -14,11 +14,12 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Unpack
 
 from farm import dispatch, prompt_files, prompts, results
 from farm.blobs import BlobStore, S3Options, open_blobs
@@ -31,11 +32,13 @@ from farm.errors import (
     InvalidParameter,
     InvalidPromptFile,
     NotFound,
+    RowError,
 )
 from farm.inputs import InputPictures, absolute, picture_key, store
+from farm.preview import Preview, preview
 from farm.prompt_files import Row
 from farm.prompts import Defaults
-from farm.spec import FIELDS
+from farm.spec import FIELDS, NewJob
 from farm.states import JobState
 from farm.store import batches, jobs, reads, schema, sessions
 from farm.store.batches import BatchStatus, Once
@@ -43,7 +46,8 @@ from farm.store.db import Database
 from farm.store.ids import JobRef
 from farm.store.reads import Job
 from farm.store.sessions import Worker
-from farm.submitting import Plan, submit
+from farm.submitting import Options, Plan, submit
+from farm.templates import Template
 
 if TYPE_CHECKING:  # looking at batches needs no Celery, which is slow to import
     from farm.broker import Broker
@@ -99,64 +103,51 @@ class Farm:
     # ---- submit
 
     def submit(
-        self,
-        items: str | Iterable[str | Mapping[str, Any]],
-        *,
-        n: int = 1,
-        name: str = "",
-        owner: str = "",
-        priority: int = 0,
-        files: bool = True,
-        once: Once | None = None,
-        **params: Any,
+        self, items: str | Template | Iterable[str | Mapping[str, Any]], **options: Unpack[Options]
     ) -> BatchStatus:
-        """Queue prompts (texts, or mappings of JobSpec fields), `n` pictures of each.
+        """Queue prompts (texts, or mappings of JobSpec fields) or a template; see Options.
 
-        `params` are JobSpec fields that every row inherits. Input pictures are files (from the
-        current directory), `blob:KEY` or `job:BATCH/INDEX`; for rows that came from elsewhere, not
-        `files`: blob:KEY of what `add_input` stored, and jobs of the same owner.
-        With `once`, look with `made_by` first; a second submit raises SubmitInProgress.
-        Raises InvalidPromptFile with one RowError a bad field; then nothing was queued.
+        Input pictures are files (from the current directory), `blob:KEY` or `job:BATCH/INDEX`; for
+        rows that came from elsewhere, not `files`: blob:KEY of what `add_input` stored, and jobs of
+        the same owner. Raises InvalidPromptFile with one RowError a bad field; then nothing was
+        queued (unless eager); KeyReused or SubmitInProgress for the key of `once`.
         """
-        rows = prompts.prompt_rows([items] if isinstance(items, str) else items)
-        base = Path() if files else None
-        return self._submit(
-            rows, n, params, base, name=name, owner=owner, priority=priority, once=once
-        )
+        with self._source(items, options) as source:
+            return self._submit(source, options)
 
     def submit_file(
         self,
-        source: Path | str | BinaryIO,
+        file: Path | str | BinaryIO,
         *,
         form: str | None = None,
-        n: int = 1,
-        name: str = "",
-        owner: str = "",
-        priority: int = 0,
-        files: bool = True,
-        once: Once | None = None,
-        **params: Any,
+        columns: Mapping[str, str] | None = None,
+        **options: Unpack[Options],
     ) -> BatchStatus:
-        """Queue a prompt file (jsonl, csv or txt by its ending or `form`); see `submit`.
+        """Queue a prompt file (by its ending, or `form` of prompt_files.FORMATS); see `submit`.
 
-        Its rows name input pictures from its own directory.
+        `columns`: field -> the name of its column. Rows name pictures from the file's directory.
         """
-        base = Path() if files else None
-        with contextlib.ExitStack() as stack:
-            if isinstance(source, Path | str):
-                path = Path(source)
-                base = base and path.parent
-                form, name = form or prompt_files.guess_format(path), name or path.name
-                try:
-                    stream: BinaryIO = stack.enter_context(path.open("rb"))
-                except OSError as error:
-                    raise InvalidPromptFile(f"{path}: {error.strerror}") from None
-            else:
-                stream = source
-            rows = prompt_files.read_rows(stream, form or "jsonl")
-            return self._submit(
-                rows, n, params, base, name=name, owner=owner, priority=priority, once=once
-            )
+        with self._file(file, form, columns, options) as source:
+            return self._submit(source, options)
+
+    def preview(
+        self, items: str | Template | Iterable[str | Mapping[str, Any]], **options: Unpack[Options]
+    ) -> Preview:
+        """What `submit` would queue, and how long it would take; nothing is changed."""
+        with self._source(items, options) as source:
+            return self._preview(source, options)
+
+    def preview_file(
+        self,
+        file: Path | str | BinaryIO,
+        *,
+        form: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        **options: Unpack[Options],
+    ) -> Preview:
+        """What `submit_file` would queue; see `preview`."""
+        with self._file(file, form, columns, options) as source:
+            return self._preview(source, options)
 
     def add_input(self, data: bytes) -> str:
         """Store an input picture (a PNG, JPEG or WebP file); its key, which rows name `blob:KEY`.
@@ -167,28 +158,61 @@ class Farm:
         store(self.blobs, key, data)
         return key
 
-    def _submit(
+    @contextlib.contextmanager
+    def _source(self, items: Any, options: Options) -> Iterator[_Source]:
+        if isinstance(items, Template):
+            rows: Iterable[Row] = items.rows()
+        else:
+            rows = prompts.prompt_rows([items] if isinstance(items, str) else items)
+        yield _Source(rows, Path() if options.get("files", True) else None)
+
+    @contextlib.contextmanager
+    def _file(
         self,
-        rows: Iterable[Row],
-        n: int,
-        params: dict[str, Any],
-        base: Path | None,
-        **about: Any,
-    ) -> BatchStatus:
-        """`base`: the directory of the rows' input pictures; `params` name theirs from here."""
-        unknown = set(params) - set(FIELDS)
-        if unknown:
+        file: Path | str | BinaryIO,
+        form: str | None,
+        columns: Mapping[str, str] | None,
+        options: Options,
+    ) -> Iterator[_Source]:
+        files = options.get("files", True)
+        if not isinstance(file, Path | str):
+            rows = prompt_files.read_rows(file, form or "jsonl", columns)
+            yield _Source(rows, Path() if files else None)
+            return
+        path = Path(file)
+        form = form or prompt_files.guess_format(path)
+        if not options.get("name"):
+            options["name"] = path.name
+        try:
+            stream = path.open("rb")
+        except OSError as error:
+            raise InvalidPromptFile(f"{path}: {error.strerror}") from None
+        with stream:
+            rows = prompt_files.read_rows(stream, form, columns)
+            yield _Source(rows, path.parent if files else None)
+
+    @contextlib.contextmanager
+    def _jobs(
+        self, source: _Source, options: Options, *, upload: bool
+    ) -> Iterator[tuple[Iterator[NewJob | RowError], InputPictures]]:
+        """The source's jobs; params name input pictures from the current directory."""
+        given = {k: v for k, v in options.items() if k in FIELDS and v is not None}
+        if unknown := set(options) - set(Options.__annotations__):
             raise InvalidParameter(f"unknown field {min(unknown)!r}; known: {', '.join(FIELDS)}")
-        given = {k: v for k, v in params.items() if v is not None}
         for field in {"init_image", "mask_image"} & set(given):
-            if base is not None:
+            if source.base is not None:
                 given[field] = absolute(str(given[field]), Path.cwd())
         if "model" not in given:
             given["model"] = self.default_model()
-        rendered = partial(self._rendered, owner=None if base else about["owner"])
-        with InputPictures(lambda: self.blobs, rendered, base) as pictures:
-            defaults = Defaults(given, n, pictures.take, self.checks)
-            stream = prompts.make_jobs(rows, defaults, self.catalog)
+        owner = None if source.base else options.get("owner", "")
+        rendered = partial(self._rendered, owner=owner)
+        with InputPictures(lambda: self.blobs, rendered, source.base, upload=upload) as pictures:
+            defaults = Defaults(given, options.get("n", 1), pictures.take, self.checks)
+            yield prompts.make_jobs(source.rows, defaults, self.catalog), pictures
+
+    def _submit(self, source: _Source, options: Options) -> BatchStatus:
+        with self._jobs(source, options, upload=True) as (stream, pictures):
+            about: Any = {k: v for k, v in options.items() if k in Plan.__dataclass_fields__}
             plan = Plan(settle=pictures.settle, started=self._ring, **about)
             batch_id = submit(self.db, stream, plan).batch_id
         try:
@@ -197,6 +221,10 @@ class Farm:
             raise DatabaseUnavailable(
                 f"batch {batch_id} is queued whole, but: {error.message}"
             ) from error
+
+    def _preview(self, source: _Source, options: Options) -> Preview:
+        with self._jobs(source, options, upload=False) as (stream, _):
+            return preview(self.db, stream)
 
     def _rendered(self, name: str, owner: str | None) -> bytes:
         """The picture of a job named BATCH/INDEX, or as its downloaded file, BATCH-INDEX.
@@ -391,6 +419,14 @@ class Farm:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Rows, and the directory from which they name files; None: they may name none."""
+
+    rows: Iterable[Row]
+    base: Path | None
 
 
 def s3_options(settings: Settings) -> S3Options:

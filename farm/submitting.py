@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import Any, TypedDict
 
 from farm.errors import InvalidPromptFile, KeyReused, RowError, SubmitInProgress
 from farm.spec import FIELDS, NewJob
@@ -36,18 +37,63 @@ def _nothing(*_: Any) -> None:
 class Plan:
     """How to submit.
 
-    `settle` is called before each commit, `started` when the first jobs may be taken, `progress`
-    with the number of jobs queued so far.
+    `takeover_s`: an unfinished submit of the same key is gone on with when its submitter has been
+    silent for so many seconds; `resumed` is then called with the jobs that were in, as it is for
+    one that was whole. `settle` is called before each commit, `started` when the first jobs may be
+    taken, `progress` with the jobs queued so far, `left_out` with a bad row of an eager submit.
     """
 
     name: str = ""
     owner: str = ""
     priority: int = 0
     once: Once | None = None
+    takeover_s: float = 10.0
     eager: bool = False
     settle: Callable[[], None] = _nothing
     started: Callable[[], None] = _nothing
     progress: Callable[[int], None] = _nothing
+    left_out: Callable[[RowError], None] = _nothing
+    resumed: Callable[[int], None] = _nothing
+
+
+class Options(TypedDict, total=False):
+    """What may be said with a submit.
+
+    `n`: pictures of each row, seeds counting up. `eager`: hand jobs out at once and leave bad rows
+    out, each told to `left_out`. `once`: do it once however often it is asked for; a submit that
+    was interrupted is gone on with after `takeover_s` seconds of silence. `resumed`: called with
+    the jobs that an earlier submit had queued. `progress`: with all that are queued so far.
+    `files`: rows may name files of this machine. The others are fields of JobSpec, which every row
+    inherits.
+    """
+
+    n: int
+    name: str
+    owner: str
+    priority: int
+    eager: bool
+    once: Once | None
+    takeover_s: float
+    progress: Callable[[int], None]
+    left_out: Callable[[RowError], None]
+    resumed: Callable[[int], None]
+    files: bool
+    model: str | None
+    engine: str | None
+    prompt: str | None
+    negative_prompt: str | None
+    width: int | None
+    height: int | None
+    steps: int | None
+    guidance_scale: float | None
+    seed: int | None
+    scheduler: str | None
+    format: str | None
+    init_image: str | Path | None
+    mask_image: str | Path | None
+    strength: float | None
+    loras: str | Mapping[str, float] | None
+    clip_skip: int | None
 
 
 @dataclass
@@ -103,7 +149,10 @@ class _Submit:
         if not self._plan.once:
             return None
         with self._db.read() as connection:
-            return batches.made_by(connection, self._plan.owner, self._plan.once)
+            made = batches.made_by(connection, self._plan.owner, self._plan.once)
+        if made and not made.whole and made.silent_s < self._plan.takeover_s:
+            raise SubmitInProgress()
+        return made
 
     def _good(self, stream: Iterator[NewJob | RowError]) -> Iterator[NewJob]:
         """The good rows; unless eager, only those before the first bad one."""
@@ -114,6 +163,8 @@ class _Submit:
                     yield item
                 continue
             told.bad += 1
+            if self._plan.eager:
+                self._plan.left_out(item)
             if len(told.errors) < MOST_ERRORS:
                 told.errors.append(item)
 
@@ -132,6 +183,7 @@ class _Submit:
         self._shared = made.params
         told = self._told
         told.batch_id, told.total, told.resumed = made.id, made.total, made.total
+        self._plan.resumed(told.total)
         self._plan.progress(told.total)
 
     def _insert(self, chunk: list[NewJob]) -> None:

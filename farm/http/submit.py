@@ -110,10 +110,12 @@ def _carry_out(here: State, asked: Submission, once: Once | None) -> tuple[Batch
     """The batch, and whether an earlier request of the same key had made it."""
     if once and (before := here.farm.made_by(asked.about["owner"], once)):
         return before, True
-    about = asked.about | {"files": False, "once": once}  # no file of this machine is read
+    known: list[int] = []
+    about: Any = asked.about | {"once": once, "resumed": known.append}
+    about["files"] = False  # no file of this machine is read
     if asked.rows is not None:
-        return here.farm.submit(asked.rows, **about), False
-    return here.farm.submit_file(asked.file, form=asked.form, **about), False
+        return here.farm.submit(asked.rows, **about), bool(known)
+    return here.farm.submit_file(asked.file, form=asked.form, **about), bool(known)
 
 
 _BODY = {

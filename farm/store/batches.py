@@ -92,7 +92,10 @@ def create(
 
 @dataclass(frozen=True)
 class Made:
-    """What a submit has made so far: `total` jobs are in, of whose texts `digest` tells."""
+    """What a submit has made so far: `total` jobs are in, of whose texts `digest` tells.
+
+    `silent_s`: seconds since its submitter put the last ones in.
+    """
 
     id: str
     total: int
@@ -100,10 +103,12 @@ class Made:
     ready: bool
     whole: bool
     params: dict[str, Any]
+    silent_s: float
 
 
 def _made(row: Row[Any]) -> Made:
-    return Made(row.id, row.total, row.digest, row.ready, row.whole, row.params)
+    silent_s = row.clock - row.touched_at
+    return Made(row.id, row.total, row.digest, row.ready, row.whole, row.params, silent_s)
 
 
 def made_by(connection: Connection, owner: str, once: Once) -> Made | None:
@@ -112,7 +117,7 @@ def made_by(connection: Connection, owner: str, once: Once) -> Made | None:
     Raises KeyReused when the key belongs to another request.
     """
     mine = and_(batches.c.owner == owner, batches.c.idempotency_key == once.key)
-    row = connection.execute(select(batches).where(mine)).first()
+    row = connection.execute(_with_clock().where(mine)).first()
     if row is None:
         return None
     if row.request_sha256 != once.sha256:
@@ -140,7 +145,7 @@ def release(connection: Connection, batch_id: str, total: int) -> None:
 def abandoned(connection: Connection, after_s: float) -> list[Made]:
     """Batches whose submitter stopped half-way, silent for `after_s` seconds."""
     silent = and_(~batches.c.whole, batches.c.touched_at < now() - after_s)
-    return [_made(row) for row in connection.execute(select(batches).where(silent))]
+    return [_made(row) for row in connection.execute(_with_clock().where(silent))]
 
 
 def remove(connection: Connection, batch_id: str) -> None:

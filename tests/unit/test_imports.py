@@ -19,7 +19,7 @@ HEIGHT = {
     "abilities": 4, "templates": 4, "prompt_files": 4, "pinning": 4, "prompts": 5, "models": 5,
     "blobs": 3, "broker": 4, "store": 4, "children": 4, "engines": 4, "local_broker": 4,
     "pictures": 5, "inputs": 5, "results": 6, "verdict": 5,
-    "submitting": 5, "dispatch": 6, "reconcile": 6, "dispatcher": 7,
+    "submitting": 5, "preview": 5, "dispatch": 6, "reconcile": 6, "dispatcher": 7,
     "service": 8, "client": 8, "http": 9, "doctor": 9, "embedded": 9,
     "cli": 10, "__main__": 11, "__init__": 11,
 }  # fmt: skip
