@@ -12,19 +12,27 @@ import typer
 from farm.cli.context import Json, examples, open_farm
 from farm.cli.follow import download, follow, summary, tell_unserved
 from farm.cli.output import hint, note, plural, print_json, print_line
-from farm.errors import Invalid, InvalidPromptFile, by_code
+from farm.cli.sources import Source, show_preview
 
 if TYPE_CHECKING:
     from farm.service import Farm
     from farm.store.batches import BatchStatus
 
-_JOB, _BATCH = "Of each picture", "Of the batch"
+_JOB, _BATCH, _LISTS = "Of each picture", "Of the batch", "Templates"
 
 
 class Form(StrEnum):
     JSONL = "jsonl"
     CSV = "csv"
+    TSV = "tsv"
     TXT = "txt"
+    PARQUET = "parquet"
+
+
+class Pick(StrEnum):
+    MATRIX = "matrix"
+    ZIP = "zip"
+    SAMPLE = "sample"
 
 
 class Output(StrEnum):
@@ -49,6 +57,34 @@ def submit(
         Form | None,
         typer.Option("--format", help="Of the prompt file; default: by its ending, jsonl for -."),
     ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column",
+            metavar="FIELD=NAME",
+            help="A field's name in the file, such as prompt=caption; others are left out then.",
+        ),
+    ] = None,
+    lists: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--list",
+            metavar="NAME=VALUES",
+            rich_help_panel=_LISTS,
+            help="PROMPT is a template: values for {NAME}, or of a field: a,b,c or 1..9 or @FILE.",
+        ),
+    ] = None,
+    pick: Annotated[
+        Pick,
+        typer.Option(rich_help_panel=_LISTS, help="Every combination, side by side, or a sample."),
+    ] = Pick.MATRIX,
+    count: Annotated[
+        int | None,
+        typer.Option(min=1, rich_help_panel=_LISTS, help="Rows of --pick sample, drawn by --seed."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Queue nothing: the count, a sample, an estimate.")
+    ] = False,
     wait: Annotated[
         bool, typer.Option("--wait", "-w", help="Wait until all is done; 1 if jobs failed.")
     ] = False,
@@ -109,15 +145,32 @@ def submit(
     name: Annotated[str, typer.Option(rich_help_panel=_BATCH, help="A name to know it by.")] = "",
     owner: Annotated[str, typer.Option(rich_help_panel=_BATCH, help="Whose it is.")] = "",
     priority: Annotated[int, typer.Option(rich_help_panel=_BATCH, help="Larger goes first.")] = 0,
+    eager: Annotated[
+        bool,
+        typer.Option(
+            "--eager",
+            rich_help_panel=_BATCH,
+            help="Render while the rest is read; bad rows are told and left out.",
+        ),
+    ] = False,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            "--idempotency-key",
+            metavar="KEY",
+            rich_help_panel=_BATCH,
+            help="Submit once: run again, it goes on where it was interrupted, or does nothing.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Queue prompts; prints the id of the new batch.
 
-    A prompt file has a prompt a line (txt), an object a line (jsonl), or a first
-    line of field names (csv); input pictures are found from its directory. If any
-    line is wrong, every fault is reported and nothing is queued.
+    A prompt file has a prompt a line (txt), an object a line (jsonl), a first
+    line of field names (csv, tsv), or is Parquet; texts may be gzipped. Input
+    pictures are found from its directory. If any line is wrong, every fault is
+    reported and nothing is queued.
     """
-    _check_source(prompts, file, form)
     params: dict[str, Any] = {
         "model": model,
         "negative_prompt": negative_prompt,
@@ -136,38 +189,17 @@ def submit(
         "format": str(output_format) if output_format else None,
     }
     about: dict[str, Any] = {"n": n, "name": name, "owner": owner, "priority": priority}
-    if out is not None:
+    source = Source(prompts or [], file, form and str(form), columns or [])
+    if lists or count is not None:
+        source.template(lists or [], str(pick), count, params)
+    if out is not None and not dry_run:
         out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is said at once
     with open_farm() as farm:
-        if file is None:
-            status = _submit_prompts(farm, prompts or [], params | about)
-        elif file == "-":
-            about["form"] = str(form) if form else None
-            status = farm.submit_file(sys.stdin.buffer, **params, **about)
-        else:
-            about["form"] = str(form) if form else None
-            status = farm.submit_file(file, **params, **about)
+        if dry_run:
+            show_preview(source.preview(farm, params | about), as_json)
+            return
+        status = source.submit(farm, params | about, eager=eager, key=key)
         _tell(farm, status, wait=wait or out is not None, out=out, as_json=as_json)
-
-
-def _check_source(prompts: list[str] | None, file: str | None, form: Form | None) -> None:
-    if bool(prompts) == (file is not None):
-        raise Invalid("give prompts, or a prompt file with --file, and not both")
-    if form and file is None:
-        raise Invalid("--format says how to read --file, which is missing")
-
-
-def _submit_prompts(farm: Farm, prompts: list[str], given: dict[str, Any]) -> BatchStatus:
-    """Like a file, but a single prompt's faults are told in one sentence."""
-    from farm.spec import describe
-
-    try:
-        return farm.submit(prompts, **given)
-    except InvalidPromptFile as error:
-        if len(prompts) > 1 or not error.errors:
-            raise
-        told = f"{describe(error.errors)}; nothing was queued"
-        raise by_code(error.errors[0].code, told) from None
 
 
 def _tell(farm: Farm, status: BatchStatus, *, wait: bool, out: Path | None, as_json: bool) -> None:
@@ -220,5 +252,8 @@ def register(app: typer.Typer) -> None:
             'farm submit "a red hat" --init-image job:latest/0 --mask-image head.png',
             'farm submit "a castle" --model sd15 --lora pixelart:0.8 --clip-skip 1 --engine sdcpp',
             "cat prompts.txt | farm submit --file - --format txt --json",
+            'farm submit "a {colour} {animal}" --list colour=red,blue --list animal=@animals.txt',
+            'farm submit "a cat" --list steps=10,20,30 --list seed=1..100 --dry-run',
+            "farm submit --file captions.parquet --column prompt=caption --idempotency-key night1",
         ),
     )(submit)
