@@ -49,7 +49,7 @@ _TIMES = httpx.Timeout(10, read=WAIT_S + 30)
 _LONG = httpx.Timeout(10, read=3600)  # the server works through a million rows
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 _BLOCK = 1 << 16
-_TYPES = {"jsonl": "application/jsonl", "csv": "text/csv", "txt": "text/plain"}
+_TYPES = {form: kind for kind, form in reversed(prompt_files.MEDIA_TYPES.items())}
 
 
 class FarmClient:

@@ -25,6 +25,11 @@ ENDINGS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".txt": "txt",
     ".parquet": "parquet",
 }  # fmt: skip
+MEDIA_TYPES = {  # by the IANA's registry, where it has one
+    "application/jsonl": "jsonl", "application/x-ndjson": "jsonl", "text/csv": "csv",
+    "text/tab-separated-values": "tsv", "text/plain": "txt",
+    "application/vnd.apache.parquet": "parquet",
+}  # fmt: skip
 MAX_LINE_BYTES = 1 << 20
 PARQUET_ROWS = 2_000  # read at once
 ROW_FIELDS = (*FIELDS, "n")

@@ -24,6 +24,8 @@ BATCH_ID = r"^[0-9a-hjkmnp-tv-z]{16}$"
 MAX_WAIT_S = 60
 JSONL = "application/jsonl"
 _PAGE = 500
+_TEXT = {"type": "string"}
+_EVENT = {"type": "object", "properties": {"event": _TEXT, "id": _TEXT, "data": _TEXT}}
 _CACHE = "private, no-cache"  # keep it, and ask each time whether it is still right
 T = TypeVar("T")
 
@@ -129,7 +131,7 @@ async def batch(
     responses={
         **LOOK,
         200: {"description": "`status` at each change, `done` at the end; data as GET gives it",
-              "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+              "content": {"text/event-stream": {"schema": _EVENT}}},
     },
 )  # fmt: skip
 async def events(
@@ -178,7 +180,7 @@ def jobs(
     responses={
         **LOOK,
         200: {"description": "A job a line, with the URL of its picture",
-              "content": {JSONL: {"schema": {"type": "string"}}}},
+              "content": {JSONL: {"schema": _TEXT}}},
     },
 )  # fmt: skip
 def results(

@@ -12,7 +12,7 @@ from farm.spec import Text
 Label = Annotated[Text, Field(max_length=200)]
 BATCH: dict[str, Any] = {
     "id": "0f9k2m4x7q3w5t8b", "name": "tonight", "owner": "", "priority": 0, "paused": False,
-    "ready": True, "total": 8, "done": False, "created_at": 1795219200.5,
+    "ready": True, "whole": True, "total": 8, "done": False, "created_at": 1795219200.5,
     "counts": {"queued": 4, "running": 1, "succeeded": 3, "failed": 0, "cancelled": 0},
     "by_model": {"shapes": {"queued": 4, "running": 1, "succeeded": 3, "failed": 0,
                             "cancelled": 0}},
@@ -73,6 +73,7 @@ class Batch(BaseModel):
     priority: int
     paused: bool
     ready: bool
+    whole: bool
     total: int
     counts: dict[str, int]
     by_model: dict[str, dict[str, int]]

