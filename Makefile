@@ -36,7 +36,7 @@ $(VENV)/.dev: $(VENV)/.farm
 		$(PIP) install $(QUIET) --editable '.[embedded,diffusers,models,http,client,server,sdcpp,dataset]' --group dev
 	@touch $@
 
-.PHONY: install sdcpp demo test test-unit lint format bench demo-model clean
+.PHONY: install sdcpp demo test test-unit lint format bench fuzz demo-model clean
 install: $(VENV)/.farm ## Install the farm and the diffusers engine into .venv
 
 # Always built anew: pip's cache of wheels does not tell one build from another.
@@ -64,6 +64,9 @@ format: $(VENV)/.dev ## Mend style
 
 bench: $(VENV)/.dev ## Measure the farm's cost and an engine's memory; ARGS=--write keeps the tables
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+fuzz: $(VENV)/.dev ## Put more than 5,000 made-up requests to the HTTP API (a minute)
+	HTTP_CASES=180 $(BIN)/python -m pytest -s -o timeout=900 tests/integration/test_http_schema.py
 
 demo-model: $(VENV)/.farm ## Train the demo model anew (more than an hour on two cores)
 	$(BIN)/python -m workers.demo.train --out farm/demo/shapes --work build/demo-model

@@ -56,8 +56,9 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.here.stopping = True
-        super().handle_exit(sig, frame)
+        """A second signal waits for nobody. (uvicorn's own would die of the signal in the end.)"""
+        self.force_exit = self.should_exit
+        self.stop()
 
 
 def bind(host: str, port: int) -> socket.socket:
