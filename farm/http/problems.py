@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -106,11 +106,12 @@ def problem(
     *,
     errors: list[dict[str, Any]] | None = None,
     headers: dict[str, str] | None = None,
-) -> JSONResponse:
+) -> Response:
     """A problem as the answer to a request."""
     body = _body(status, code, detail, request.scope.get("state", {}).get("request_id", ""))
     body["errors"] = errors or []
-    return JSONResponse(body, status, headers, MEDIA_TYPE)
+    told = json.dumps(body)  # in ASCII: a client's broken text comes back escaped, never fails
+    return Response(told, status, headers, MEDIA_TYPE)
 
 
 def status_of(error: FarmError) -> int:

@@ -64,6 +64,8 @@ async def _inline(request: Request, query: FileOrder, most: int) -> Submission:
 
 async def _form(request: Request, query: FileOrder, most: int) -> Submission:
     fields, name, file = await bodies.form(request, most)
+    if "name" not in fields and not query.name:
+        fields["name"] = name[:200]
     try:
         about = _whole(FileOrder.model_validate(fields), query)
         form = prompt_files.guess_format(Path(name))
@@ -73,7 +75,6 @@ async def _form(request: Request, query: FileOrder, most: int) -> Submission:
     except BaseException:
         file.close()
         raise
-    about.setdefault("name", name[:200])
     return await _file(file, about, form)
 
 

@@ -115,6 +115,29 @@ def test_a_wrong_order_is_refused_by_field(kit: HttpKit, body: Any, field: str) 
     assert field in {fault["field"] for fault in told["errors"]}
 
 
+def test_broken_text_is_told_not_choked_on(sql_kit: HttpKit) -> None:
+    headers = {"Content-Type": "application/jsonl"}
+    row = b'{"prompt": "\\ud800", "\\udfff": 1}\n'
+    told = problem(sql_kit.http.post("/v1/batches", content=row, headers=headers), 422,
+                   "ERR_INVALID_PROMPT_FILE")  # fmt: skip
+    assert {fault["field"] for fault in told["errors"]} == {"prompt", "row"}
+    named = {"file": ("a\x01.txt", b"a\n")}
+    assert sql_kit.http.post("/v1/batches", files=named).status_code in (201, 422)
+    raw = (
+        b'--b\r\nContent-Disposition: form-data; name="file"; filename="a\x00b.txt"\r\n\r\n'
+        b"a\r\n--b--\r\n"
+    )
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    assert sql_kit.http.post("/v1/batches", content=raw, headers=headers).status_code == 422
+    deep = {"prompt": "a", "seed": [[[[]]]]}
+    assert sql_kit.http.post("/v1/batches", json={"prompts": [deep]}).status_code == 422
+    huge = b'{"prompts": ["a"], "n": ' + b"9" * 5000 + b"}"
+    headers = {"Content-Type": "application/json"}
+    assert sql_kit.http.post("/v1/batches", content=huge, headers=headers).status_code == 422
+    nested = b"[" * 100_000
+    assert sql_kit.http.post("/v1/batches", content=nested, headers=headers).status_code == 422
+
+
 def test_what_is_not_known_is_refused(kit: HttpKit) -> None:
     batch = kit.submit()
     for path in ("/v1/batches?pge=2", f"/v1/batches/{batch}?weight=1", "/metrics?x", "/healthz?x"):
