@@ -12,6 +12,7 @@ import io
 import os
 import re
 import stat
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,7 @@ from farm.spec import INPUT_FORMATS, INPUT_PATTERN, MAX_INPUT_PIXELS
 
 MAX_BYTES = 64 * 2**20
 THREADS = 8
+FRESH_S = 1800  # an input picture is not pruned for longer than this after it was written
 # MPO: a JPEG with further pictures behind it, as many phones write; the first is the picture
 _EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
 _CONTENT_TYPES = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"}
@@ -194,7 +196,11 @@ class InputPictures:
 
 
 def store(blobs: BlobStore, key: str, data: bytes) -> None:
-    """Put a picture's file under its key, unless it is there. Raises StorageUnavailable."""
+    """Put a picture's file under its key, unless it is there. Raises StorageUnavailable.
+
+    One that is there is written anew after a while, so that pruning sees that it is wanted.
+    """
     found = blobs.stat(key)
-    if found is None or found.size != len(data):  # of another size: it was cut, and is mended
+    whole = found is not None and found.size == len(data)  # else it was cut, and is mended
+    if not (found and whole and time.time() - found.modified < FRESH_S):
         blobs.put(key, data, _CONTENT_TYPES[key.rpartition(".")[2]])

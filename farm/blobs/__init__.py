@@ -26,10 +26,11 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
 
 @dataclass(frozen=True)
 class BlobStat:
-    """One stored object: its key and its size in bytes."""
+    """One stored object: key, size in bytes, and when it was written, by the store's clock."""
 
     key: str
     size: int
+    modified: float = field(default=0.0, compare=False)  # seconds since 1970
 
 
 class BlobStore(Protocol):

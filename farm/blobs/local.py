@@ -59,7 +59,8 @@ class LocalBlobs:
                 found = path.stat()
             except _ABSENT:
                 return None
-        return BlobStat(key, found.st_size) if stat.S_ISREG(found.st_mode) else None
+        regular = stat.S_ISREG(found.st_mode)
+        return BlobStat(key, found.st_size, found.st_mtime) if regular else None
 
     def delete(self, keys: Iterable[str]) -> None:
         for key, path in [(key, self._path(key)) for key in keys]:
@@ -104,7 +105,8 @@ class LocalBlobs:
                     yield from self._walk(key[:-1], prefix)
             elif key.startswith(prefix):
                 with suppress(FileNotFoundError):  # deleted since
-                    yield BlobStat(key, entry.stat(follow_symlinks=False).st_size)
+                    found = entry.stat(follow_symlinks=False)
+                    yield BlobStat(key, found.st_size, found.st_mtime)
 
     @contextmanager
     def _faults(self, action: str) -> Iterator[None]:

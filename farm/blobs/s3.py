@@ -53,7 +53,7 @@ class S3Blobs:
         with self._faults(f"look up {key}"):
             try:
                 head = self._client.head_object(Bucket=self.bucket, Key=name)
-                return BlobStat(key, head["ContentLength"])
+                return BlobStat(key, head["ContentLength"], head["LastModified"].timestamp())
             except ClientError as exc:
                 if status_of(exc) != 404:
                     raise
@@ -92,7 +92,8 @@ class S3Blobs:
             with self._faults(f"look up {key}"):
                 found = self._client.get_object(Bucket=self.bucket, Key=name)
                 found["Body"].close()
-                return BlobStat(key, found["ContentLength"])
+                written = found["LastModified"].timestamp()
+                return BlobStat(key, found["ContentLength"], written)
         except BlobNotFound:
             return None
 
@@ -137,7 +138,7 @@ class S3Blobs:
                 for item in page.get("Contents", []):
                     key = item["Key"].removeprefix(self._prefix)
                     if is_key(key):  # others may keep files of their own in the bucket
-                        yield BlobStat(key, item["Size"])
+                        yield BlobStat(key, item["Size"], item["LastModified"].timestamp())
 
     @contextmanager
     def _faults(self, action: str) -> Iterator[None]:

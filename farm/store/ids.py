@@ -32,6 +32,18 @@ class JobRef(NamedTuple):
         return cls(match[1], int(match[2]))
 
 
+_PICTURE = re.compile(r"pictures/([0-9a-z]{16})/(\d{7,9})-(\d{1,9})\.[a-z]{3,4}")
+
+
+def claim_in(object_key: str) -> tuple[JobRef, int] | None:
+    """The job and the claim that a picture was rendered for, as its key tells.
+
+    None for a key that `pictures.object_key` does not make.
+    """
+    match = _PICTURE.fullmatch(object_key)
+    return (JobRef(match[1], int(match[2])), int(match[3])) if match else None
+
+
 def new_batch_id() -> str:
     """16 characters that sort by time: 45 bits of milliseconds, 35 bits at random."""
     number = (time.time_ns() // 1_000_000) << 35 | secrets.randbits(35)
