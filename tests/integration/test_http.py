@@ -16,7 +16,10 @@ import pyarrow.parquet
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.http_kit import HttpKit, png, serving
+from farm.errors import OutOfMemory
+from farm.store import jobs
+from tests.http_kit import SHAPES, HttpKit, png, serving
+from tests.store_kit import Kit
 
 
 @pytest.fixture
@@ -269,16 +272,21 @@ def test_models_workers_metrics(sql_kit: HttpKit) -> None:
     sql_kit.render(batch, limit=1)
     assert sql_kit.http.get("/v1/models").json()["models"][0]["served"] is True
     assert [w["model"] for w in sql_kit.http.get("/v1/workers").json()["workers"]] == ["shapes"]
+    store = Kit(sql_kit.farm.db)
+    [held] = store.claim(batch, store.session(lane=SHAPES), 1, SHAPES)
+    with sql_kit.farm.db.write() as connection:
+        jobs.fail(connection, held, OutOfMemory())
     text = sql_kit.http.get("/metrics").text
     found = {
         (sample.name, *sorted(sample.labels.values())): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
-    assert found["farm_jobs", "succeeded"] == 1
-    assert found["farm_backlog_jobs", "", "shapes"] == 2
+    assert found["farm_jobs", "succeeded"] == found["farm_jobs", "failed"] == 1
+    assert found["farm_failures_total", "ERR_OUT_OF_MEMORY", "failed"] == 1
+    assert found["farm_backlog_jobs", "", "shapes"] == 1
     assert 0 <= found["farm_oldest_wait_seconds", "", "shapes"] < 60
-    assert found["farm_workers", "diffusers", "idle", "shapes"] == 1
+    assert found["farm_workers", "diffusers", "idle", "shapes"] == 2
 
 
 def test_health_and_readiness(kit: HttpKit, tmp_path: Path) -> None:
