@@ -1,7 +1,7 @@
 """Who works on what: rings the lanes, and chooses the jobs of a claim.
 
-Policy stands here and only here, over small tables: first the batch (priority, then the fewest
-running jobs, then age), then the batch's next rows of one compatibility key.
+Policy stands here and in store/turns, over small tables: first the batch (priority, then a fair
+share across owners, then across an owner's batches), then its next rows of one compatibility key.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from farm.catalog import Lane
-from farm.store import batches, jobs, sessions
+from farm.store import jobs, owners, sessions, turns
 from farm.store.db import Database
 from farm.store.jobs import Claim
 
@@ -19,15 +19,25 @@ if TYPE_CHECKING:  # Celery takes a quarter of a second to import; only who ring
 
 
 def claim_bundle(db: Database, session_id: str, lane: Lane, limit: int) -> list[Claim]:
-    """The lane's next bundle, at most `limit` jobs of one key, in one short transaction."""
+    """The lane's next bundle, at most `limit` jobs of one key, in one short transaction.
+
+    Running jobs decide, and they end: so no owner, nor a batch of his, waits for ever among equals.
+    """
     with db.write() as connection:
         if not sessions.is_open(connection, session_id):
             return []
         memory = sessions.memory_of(connection, session_id)
-        for batch in batches.candidates(connection, lane, memory):
-            place = (connection, batch.id, batch.params, session_id, lane, limit)
+        for batch in turns.candidates(connection, lane, memory):
+            most = limit
+            if batch.max_running is not None:
+                room = owners.room_to_run(connection, batch.owner, batch.max_running)
+                most = min(limit, room)
+            if most < 1:
+                continue
+            place = (connection, batch.id, batch.params, session_id, lane, most)
             bundle = jobs.claim(*place, batch.asked_engine, memory)
             if bundle:
+                turns.take(connection, batch.owner, lane.model)
                 return bundle
     return []
 
@@ -46,7 +56,7 @@ def ring(db: Database, broker: Broker, models: Iterable[str] | None, per_worker:
     BrokerUnavailable or DatabaseUnavailable; ringing again later mends everything.
     """
     with db.read() as connection:
-        waiting = batches.backlog(connection)
+        waiting = turns.backlog(connection)
         workers = sessions.live_lanes(connection)
     sent = 0
     for lane, n in workers.items():

@@ -1,8 +1,15 @@
-"""The dispatcher's loop: reconcile, then ring. Several may run; what one does twice is harmless."""
+"""The dispatcher's loop: reconcile, then ring. Several may run: one leads, the others watch.
+
+The lead is a lease of three ticks, so a leader that died is replaced within that time. Two leaders
+at once are harmless: what one does twice changes nothing.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
+import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +18,8 @@ from typing import TYPE_CHECKING
 from farm.config import Settings
 from farm.dispatch import ring
 from farm.errors import DatabaseUnavailable, EnvironmentFault
-from farm.reconcile import reconcile, remove_abandoned
+from farm.reconcile import end_stopped, reconcile, remove_abandoned
+from farm.store import leases
 from farm.store.db import Database
 
 if TYPE_CHECKING:
@@ -19,6 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 MAX_WAIT_S = 10.0
+LEAD = "dispatcher"
+TICKS = 3.0  # that a leader may be silent
 
 
 def run_dispatcher(db: Database, broker: Broker, settings: Settings, stop: threading.Event) -> None:
@@ -34,18 +44,40 @@ class _Dispatcher:
         self._trouble: dict[str, str] = {}  # by duty: what it said last
         self._lenient_until = 0.0
         self._looked_at = time.time()
+        self._name = f"{socket.gethostname()[:32]}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._leads = False
 
     def run(self) -> None:
         wait = self._settings.tick_s
         self._try("clean up", lambda: remove_abandoned(self._db))
         while not self._stop.is_set():
             self._notice_sleep()
-            healthy = [
-                self._try("reconcile", self._reconcile),
-                self._try("ring", self._ring),
-            ]
-            wait = self._settings.tick_s if all(healthy) else min(wait * 2, MAX_WAIT_S)
+            healthy = self._try("lead", self._lead) and (not self._leads or self._tick())
+            wait = self._settings.tick_s if healthy else min(wait * 2, MAX_WAIT_S)
             self._stop.wait(wait)
+        if self._leads:
+            self._try("hand over", self._hand_over)
+
+    def _tick(self) -> bool:
+        duties = {
+            "reconcile": self._reconcile,
+            "end what is not wanted": lambda: end_stopped(self._db),
+            "ring": self._ring,
+        }
+        return all([self._try(duty, do) for duty, do in duties.items()])  # noqa: C419 - each one is tried
+
+    def _lead(self) -> None:
+        """Take the lead if nobody has it, or keep it."""
+        led, self._leads = self._leads, False  # should the database be away, nobody knows
+        with self._db.write() as connection:
+            ttl_s = TICKS * self._settings.tick_s
+            self._leads = leases.take(connection, LEAD, self._name, ttl_s)
+        if led != self._leads:
+            log.info("this dispatcher %s", "leads" if self._leads else "watches; another one leads")
+
+    def _hand_over(self) -> None:
+        with self._db.write() as connection:
+            leases.give_up(connection, LEAD, self._name)
 
     def _reconcile(self) -> None:
         """After an outage of the database every worker gets time to beat once more."""
@@ -61,7 +93,7 @@ class _Dispatcher:
     def _ring(self) -> None:
         ring(self._db, self._broker, None, self._settings.tokens_per_worker)
 
-    def _try(self, duty: str, do: Callable[[], None]) -> bool:
+    def _try(self, duty: str, do: Callable[[], object]) -> bool:
         try:
             do()
         except EnvironmentFault as error:

@@ -12,6 +12,7 @@ FarmError                       code, a sentence that a person can act on
 |   |-- AccessDenied            ERR_ACCESS_DENIED         (no token, or one that may not)
 |   |-- KeyReused               ERR_KEY_REUSED
 |   |-- SubmitInProgress        ERR_SUBMIT_IN_PROGRESS
+|   |-- QuotaExceeded           ERR_QUOTA_EXCEEDED        (the owner has too many jobs queued)
 |   `-- NotFound                ERR_NOT_FOUND
 |-- RenderFailed                ERR_RENDER_FAILED    a failure is counted, the job is retried
 |   `-- BadImage                ERR_BAD_IMAGE        uniform or NaN picture
@@ -28,7 +29,8 @@ FarmError                       code, a sentence that a person can act on
 |   |-- EngineCrashed           ERR_ENGINE_CRASHED
 |   |-- EngineHung              ERR_ENGINE_HUNG
 |   `-- WorkerLost              ERR_WORKER_LOST      its session expired
-`-- JobCancelled                ERR_CANCELLED        a person asked for it
+|-- JobCancelled                ERR_CANCELLED        a person asked for it
+`-- JobExpired                  ERR_EXPIRED          its batch's deadline passed before it began
 """
 
 from __future__ import annotations
@@ -141,6 +143,12 @@ class SubmitInProgress(Invalid):
     code = "ERR_SUBMIT_IN_PROGRESS"
 
 
+class QuotaExceeded(Invalid):
+    """The owner may not have so many jobs queued at once."""
+
+    code = "ERR_QUOTA_EXCEEDED"
+
+
 class RenderFailed(FarmError):
     """The engine could not render this job."""
 
@@ -235,6 +243,12 @@ class JobCancelled(FarmError):
     """The job was cancelled."""
 
     code = "ERR_CANCELLED"
+
+
+class JobExpired(FarmError):
+    """The deadline of the batch passed before the job was begun."""
+
+    code = "ERR_EXPIRED"
 
 
 def _tree(root: type[FarmError]) -> list[type[FarmError]]:

@@ -1,6 +1,7 @@
 """Puts right what died: ends expired sessions and gives what they held back to the queue.
 
 Jobs whose own render had started become suspects and cost a failure; the rest go back free.
+And ends what nobody wants any more: jobs of cancelled batches, and of those that have expired.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from farm.store.db import Database
 from farm.verdict import give_back, settle_failure
 
 log = logging.getLogger(__name__)
+MOST_STEPS = 20  # of 5,000 jobs each, that one look cancels of a batch
 HALF_SUBMITTED_S = 86_400.0  # a batch whose submitter is silent for a day is removed
 
 
@@ -30,6 +32,32 @@ def reconcile(db: Database, settings: Settings, *, lenient: bool = False) -> int
     if not lenient:
         _free_the_needy(db)
     return lost + sum(_release(db, session_id, settings, expired=False) for session_id in ended)
+
+
+def end_stopped(db: Database) -> int:
+    """Cancel queued jobs of expired batches, and all of those cancelled whole; how many moved.
+
+    In bounded steps; what is left is for the next look. Nothing of them is claimed meanwhile.
+    """
+    with db.read() as connection:
+        found = batches.stopping(connection)
+    return sum(_end(db, batch_id, unwanted) for batch_id, unwanted in found)
+
+
+def _end(db: Database, batch_id: str, unwanted: bool) -> int:
+    moved = 0
+    for _ in range(MOST_STEPS):
+        with db.write() as connection:
+            if unwanted:
+                n, asked = jobs.request_cancel(connection, batch_id)
+            else:
+                n, asked = jobs.expire(connection, batch_id), 0
+        moved += n
+        if not n and not asked:
+            break
+    if moved and not unwanted:
+        log.warning("batch %s has expired; %d jobs of it were cancelled", batch_id, moved)
+    return moved
 
 
 def _free_the_needy(db: Database) -> None:

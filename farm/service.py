@@ -40,7 +40,7 @@ from farm.prompt_files import Row
 from farm.prompts import Defaults
 from farm.spec import FIELDS, NewJob
 from farm.states import JobState
-from farm.store import batches, jobs, reads, schema, sessions
+from farm.store import batches, jobs, reads, schema, sessions, turns
 from farm.store.batches import BatchStatus, Once
 from farm.store.db import Database
 from farm.store.ids import JobRef
@@ -324,7 +324,7 @@ class Farm:
         """Queued jobs that no live worker serves now, by MODEL, or MODEL:ENGINE if they ask."""
         with self.db.read() as connection:
             lanes = sessions.live_lanes(connection)
-            waiting = batches.backlog(connection)
+            waiting = turns.backlog(connection)
         served = {(lane.model, "") for lane in lanes} | {tuple(lane) for lane in lanes}
         return {
             f"{model}:{asked}" if asked else model: n
@@ -366,6 +366,9 @@ class Farm:
         """Cancel a batch or one job of it: (cancelled at once, running ones asked to stop)."""
         self.status(batch_id)  # NotFound
         cancelled = asked = 0
+        if idx is None:
+            with self.db.write() as connection:
+                batches.set_cancelled(connection, batch_id)
         while True:
             with self.db.write() as connection:
                 now, later = jobs.request_cancel(connection, batch_id, idx)

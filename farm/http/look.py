@@ -14,7 +14,7 @@ from farm.http.metrics import CONTENT_TYPE
 from farm.http.problems import documented
 from farm.http.state import Here
 from farm.service import Farm
-from farm.store import batches, sessions
+from farm.store import sessions, turns
 
 router = APIRouter(tags=["farm"])
 _TOLD = ("description", "licence", "licence_url", "terms", "attribution", "family", "sizes")
@@ -25,7 +25,7 @@ def models(who: Reader, here: Here) -> Response:
     """The models that jobs may name, their lanes, and whether live workers serve them."""
     with here.farm.db.read() as connection:
         lanes = sessions.live_lanes(connection)
-        backlog = batches.backlog(connection)
+        backlog = turns.backlog(connection)
     queued: dict[str, int] = {}
     for (name, _), n in backlog.items():
         queued[name] = queued.get(name, 0) + n

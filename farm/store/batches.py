@@ -5,25 +5,29 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, delete, func, select, update
+from sqlalchemy import Connection, Row, Select, and_, delete, exists, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
-from farm.catalog import Lane
 from farm.errors import KeyReused, NotFound, SubmitInProgress
 from farm.states import JobState
 from farm.store.ids import new_batch_id
-from farm.store.tables import batches, counts, is_due, jobs, may_fit, now
+from farm.store.tables import batches, counts, now
 
 
 @dataclass(frozen=True)
 class BatchStatus:
-    """How far a batch is. Times in seconds since 1970; `eta_s` and `rate` are None when unknown."""
+    """How far a batch is. Times in seconds since 1970; `eta_s` and `rate` are None when unknown.
+
+    `cancelled`: a person wants no job of it any more. `after`: the batch that it comes after,
+    `waits`: that one is not done yet. `expires_at`: what has not begun by then is cancelled.
+    """
 
     id: str
     name: str
     owner: str
     priority: int
     paused: bool
+    cancelled: bool
     ready: bool
     whole: bool
     total: int
@@ -34,6 +38,9 @@ class BatchStatus:
     finished_at: float | None
     rate: float | None
     eta_s: float | None
+    after: str | None = None
+    waits: bool = False
+    expires_at: float | None = None
 
     @property
     def open(self) -> int:
@@ -65,11 +72,19 @@ def create(
     priority: int,
     once: Once | None = None,
     ready: bool = False,
+    reuse: bool = True,
+    after: str | None = None,
+    expires_s: float | None = None,
 ) -> str:
     """A new, empty batch that no worker sees before `release`, unless it is `ready`. Its id.
 
-    Raises SubmitInProgress when another batch of the owner has the key of `once`.
+    `after`: the id of a batch that must be done with first, however it ends. `expires_s`: what has
+    not begun so many seconds from now is cancelled.
+    Raises NotFound when there is no batch `after`, and SubmitInProgress when another batch of the
+    owner has the key of `once`.
     """
+    if after is not None and connection.scalar(_row(after)) is None:
+        raise NotFound(f"there is no batch {after[:40]!r} to come after; `farm status` lists them")
     batch_id = new_batch_id()
     values = {
         "id": batch_id,
@@ -78,6 +93,9 @@ def create(
         "owner": owner,
         "priority": priority,
         "ready": ready,
+        "after_id": after,
+        "expires_at": None if expires_s is None else now() + expires_s,
+        "reuse": reuse,
         "created_at": now(),
         "touched_at": now(),
     }
@@ -127,6 +145,7 @@ def made_by(connection: Connection, owner: str, once: Once) -> Made | None:
 
 def grow(connection: Connection, batch_id: str, before: int, total: int, digest: str) -> bool:
     """Make room for the jobs from `before` to `total`; False: another submitter was here."""
+    _lock_counters(connection, batch_id)
     moved = connection.execute(
         update(batches)
         .where(batches.c.id == batch_id, batches.c.total == before, ~batches.c.whole)
@@ -137,9 +156,20 @@ def grow(connection: Connection, batch_id: str, before: int, total: int, digest:
 
 def release(connection: Connection, batch_id: str, total: int) -> None:
     """The batch is whole: workers may take its jobs."""
+    _lock_counters(connection, batch_id)
     connection.execute(
         update(batches).where(batches.c.id == batch_id).values(ready=True, whole=True, total=total)
     )
+
+
+def _lock_counters(connection: Connection, batch_id: str) -> None:
+    """Counters before batches, as everywhere: an eager batch's jobs are claimed meanwhile."""
+    mine = select(counts.c.model).where(counts.c.batch_id == batch_id)
+    connection.execute(mine.order_by(*counts.primary_key.columns).with_for_update()).all()
+
+
+def _row(batch_id: str) -> Select[tuple[str]]:
+    return select(batches.c.id).where(batches.c.id == batch_id)
 
 
 def abandoned(connection: Connection, after_s: float) -> list[Made]:
@@ -201,52 +231,29 @@ def set_paused(connection: Connection, batch_id: str, paused: bool) -> None:
     connection.execute(update(batches).where(batches.c.id == batch_id).values(paused=paused))
 
 
-def candidates(
-    connection: Connection, lane: Lane, memory: int | None = None, limit: int = 16
-) -> list[Row[Any]]:
-    """Batches with jobs for a lane that are due, in the order in which claims should try them.
+def set_cancelled(connection: Connection, batch_id: str) -> None:
+    """No job of the batch is claimed from now on; `jobs` and the reconciler cancel what is left."""
+    mine = and_(batches.c.id == batch_id, batches.c.finished_at.is_(None))
+    connection.execute(update(batches).where(mine).values(cancel_requested=True))
 
-    Priority first; among equals the batch with the fewest running jobs, then the oldest; within
-    one, the jobs that ask for this very engine (`asked_engine`), which no other can do. `memory`:
-    the worker's, in bytes; jobs known to need more do not count.
-    """
-    due = select(jobs.c.idx).where(
-        jobs.c.batch_id == counts.c.batch_id,
-        jobs.c.model == lane.model,
-        jobs.c.asked_engine == counts.c.asked_engine,
-        is_due(),
-        may_fit(memory),
-    )
+
+def stopping(connection: Connection) -> list[tuple[str, bool]]:
+    """Batches with jobs to be cancelled: (id, whether a person wants it; else it has expired)."""
+    expired = and_(batches.c.expires_at <= now(), counts.c.queued > 0)
+    unwanted = and_(batches.c.cancel_requested, counts.c.queued + counts.c.running > 0)
     query = (
-        select(batches.c.id, batches.c.params, counts.c.asked_engine)
+        select(batches.c.id, batches.c.cancel_requested)
         .join(counts, counts.c.batch_id == batches.c.id)
-        .where(counts.c.model == lane.model, counts.c.asked_engine.in_(["", lane.engine]))
-        .where(counts.c.queued > 0)
-        .where(batches.c.ready, ~batches.c.paused, due.exists())
-        .order_by(
-            batches.c.priority.desc(),
-            counts.c.running,
-            batches.c.id,
-            counts.c.asked_engine.desc(),
-        )
-        .limit(limit)
+        .where(batches.c.finished_at.is_(None), or_(expired, unwanted))
+        .distinct()
     )
-    return list(connection.execute(query))
-
-
-def backlog(connection: Connection) -> dict[tuple[str, str], int]:
-    """Queued jobs that may be claimed, by model and engine asked for ('': any)."""
-    query = (
-        select(counts.c.model, counts.c.asked_engine, func.sum(counts.c.queued))
-        .join(batches, counts.c.batch_id == batches.c.id)
-        .where(counts.c.queued > 0, batches.c.ready, ~batches.c.paused)
-        .group_by(counts.c.model, counts.c.asked_engine)
-    )
-    return {(model, asked): int(n) for model, asked, n in connection.execute(query)}
+    return [(row.id, row.cancel_requested) for row in connection.execute(query)]
 
 
 def _with_clock() -> Any:
-    return select(batches, now().label("clock"))
+    former = batches.alias("former")
+    waits = exists().where(former.c.id == batches.c.after_id, former.c.finished_at.is_(None))
+    return select(batches, now().label("clock"), waits.label("waits"))
 
 
 def _statuses(connection: Connection, rows: Any) -> list[BatchStatus]:
@@ -273,6 +280,7 @@ def _status(row: Row[Any], by_model: dict[str, dict[str, int]]) -> BatchStatus:
         owner=row.owner,
         priority=row.priority,
         paused=row.paused,
+        cancelled=row.cancel_requested,
         ready=row.ready,
         whole=row.whole,
         total=row.total,
@@ -283,4 +291,7 @@ def _status(row: Row[Any], by_model: dict[str, dict[str, int]]) -> BatchStatus:
         finished_at=row.finished_at,
         rate=rate,
         eta_s=eta,
+        after=row.after_id,
+        waits=bool(row.waits),
+        expires_at=row.expires_at,
     )

@@ -9,6 +9,7 @@ from sqlalchemy import Connection, func, select
 
 from farm.states import JobState
 from farm.store.tables import batches, counts, events, now
+from farm.store.turns import claimable
 
 MOST_EVENTS = 10_000  # read at once; the rest at the next look
 
@@ -47,7 +48,7 @@ def waiting(connection: Connection) -> list[Waiting]:
             now() - func.min(batches.c.created_at),
         )
         .join(batches, counts.c.batch_id == batches.c.id)
-        .where(counts.c.queued > 0, batches.c.ready, ~batches.c.paused)
+        .where(counts.c.queued > 0, claimable())
         .group_by(counts.c.model, counts.c.asked_engine)
     )
     return [

@@ -17,19 +17,33 @@ from sqlalchemy import (
     Connection,
     and_,
     bindparam,
+    case,
     exists,
     func,
+    literal,
     or_,
     select,
     update,
 )
 
 from farm.catalog import Lane
-from farm.errors import FarmError, JobCancelled
+from farm.errors import FarmError, JobCancelled, JobExpired
 from farm.spec import JobSpec
 from farm.states import FINAL_STATES, JobState, may_become
 from farm.store.ids import JobRef
-from farm.store.tables import batches, counts, events, is_due, is_state, jobs, may_fit, now
+from farm.store.rows import rows
+from farm.store.tables import (
+    POOL_ORDER,
+    batches,
+    counts,
+    events,
+    in_pool,
+    is_due,
+    is_state,
+    jobs,
+    may_fit,
+    now,
+)
 
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = JobState
 WINDOW = 1024  # places after the first waiting job among which jobs of its key are looked for
@@ -85,9 +99,10 @@ class _Tally:
         counter[old] -= n
         counter[new] += n
 
-    def write(self, connection: Connection) -> None:
+    def write(self, connection: Connection, **also: Any) -> None:
         for pool, counter in sorted(self.moves.items()):
-            changed = {counts.c[state]: counts.c[state] + n for state, n in counter.items() if n}
+            moved = {str(s): counts.c[s] + n for s, n in counter.items() if n}
+            changed = {**moved, **also} if moved else {}
             if changed:
                 connection.execute(update(counts).where(counter_of(pool)).values(changed))
         finals = {p[0] for p, c in self.moves.items() if any(c[s] > 0 for s in FINAL_STATES)}
@@ -122,26 +137,21 @@ def claim(
     `asked`: those that ask for this engine, which must be the lane's; '': those that ask for none.
     `memory`: the worker's, in bytes; jobs known to need more are left to others.
     """
-    waiting = and_(
-        jobs.c.batch_id == batch_id,
-        jobs.c.model == lane.model,
-        jobs.c.asked_engine == asked,
-        is_due(),
-        may_fit(memory),
-    )
-    in_order = select(jobs.c.idx).where(waiting).order_by(jobs.c.idx)
+    pool = in_pool(batch_id, lane.model, asked)
+    in_order = select(jobs.c.idx).where(pool, is_due(), may_fit(memory)).order_by(*POOL_ORDER)
     in_order = in_order.with_for_update(skip_locked=True)
     head = connection.execute(in_order.add_columns(jobs.c.key, jobs.c.suspect).limit(1)).first()
     if head is None:
         return []
     chosen = [head.idx]
     if not head.suspect and limit > 1:
-        near = jobs.c.idx < head.idx + WINDOW
+        near = jobs.c.idx.between(head.idx, head.idx + WINDOW - 1)
         alike = in_order.where(near, jobs.c.key == head.key, ~jobs.c.suspect).limit(limit)
         chosen = list(connection.scalars(alike))
     moved = connection.execute(
         update(jobs)
-        .where(jobs.c.batch_id == batch_id, jobs.c.idx.in_(chosen), is_state(QUEUED))
+        .where(jobs.c.batch_id == batch_id, jobs.c.model == lane.model)
+        .where(jobs.c.asked_engine == asked, jobs.c.idx.in_(chosen), is_state(QUEUED))
         .values(
             state=RUNNING,
             session_id=session_id,
@@ -155,7 +165,7 @@ def claim(
     ).all()
     tally = _Tally()
     tally.move((batch_id, lane.model, asked), QUEUED, RUNNING, len(moved))
-    tally.write(connection)
+    tally.write(connection, claimed_at=now())
     started = batches.c.started_at.is_(None)
     connection.execute(
         update(batches).where(batches.c.id == batch_id, started).values(started_at=now())
@@ -375,15 +385,19 @@ def _locked(
     connection: Connection,
     batch_id: str,
     idx: int | None,
-    *where: ColumnElement[bool],
+    where: ColumnElement[bool],
+    order: Sequence[ColumnElement[Any]],
     limit: int,
 ) -> dict[JobState, list[int]]:
-    """The first `limit` jobs of a batch that fulfil `where`, locked in order: places by state."""
-    chosen = select(jobs.c.idx, jobs.c.state).where(jobs.c.batch_id == batch_id, *where)
+    """The first `limit` jobs of a batch that fulfil `where`, locked in order: places by state.
+
+    `order`: the columns of the index that has them, so that no step looks at those before it.
+    """
+    chosen = select(jobs.c.idx, jobs.c.state).where(jobs.c.batch_id == batch_id, where)
     if idx is not None:
         chosen = chosen.where(jobs.c.idx == idx)
     found: dict[JobState, list[int]] = {}
-    for row in connection.execute(chosen.order_by(jobs.c.idx).limit(limit).with_for_update()):
+    for row in connection.execute(chosen.order_by(*order).limit(limit).with_for_update()):
         found.setdefault(JobState(row.state), []).append(row.idx)
     return found
 
@@ -391,27 +405,38 @@ def _locked(
 def request_cancel(
     connection: Connection, batch_id: str, idx: int | None = None, *, limit: int = 5000
 ) -> tuple[int, int]:
-    """queued -> cancelled at once; a running one is asked to stop; at most `limit` in all.
+    """queued -> cancelled at once; running ones are asked to stop; at most `limit` of each.
 
-    Returns (cancelled now, asked to stop). Call again until both are 0.
+    Returns (cancelled now, asked to stop). Call again until both are 0; of a whole batch after
+    `batches.set_cancelled`, so that nothing is claimed meanwhile.
     """
-    # one look at both, so that a job which is claimed meanwhile is in one of them
-    open_jobs = or_(is_state(QUEUED), and_(is_state(RUNNING), ~jobs.c.cancel_requested))
-    found = _locked(connection, batch_id, idx, open_jobs, limit=limit)
-    running = found.get(RUNNING, [])
-    if running:
-        mine = and_(jobs.c.batch_id == batch_id, jobs.c.idx.in_(running))
+    waiting = _locked(connection, batch_id, idx, is_state(QUEUED), POOL_ORDER, limit)
+    # looked at later, so that a job which was claimed meanwhile is among them
+    running = and_(is_state(RUNNING), ~jobs.c.cancel_requested)
+    held = _locked(connection, batch_id, idx, running, [jobs.c.idx], limit).get(RUNNING, [])
+    if held:
+        mine = and_(jobs.c.batch_id == batch_id, jobs.c.idx.in_(held))
         connection.execute(update(jobs).where(mine).values(cancel_requested=True))
+    return _cancel(connection, batch_id, waiting, JobCancelled()), len(held)
+
+
+def expire(connection: Connection, batch_id: str, *, limit: int = 5000) -> int:
+    """queued -> cancelled, since the batch's deadline has passed; how many, at most `limit`."""
+    waiting = _locked(connection, batch_id, None, is_state(QUEUED), POOL_ORDER, limit)
+    return _cancel(connection, batch_id, waiting, JobExpired())
+
+
+def _cancel(
+    connection: Connection, batch_id: str, waiting: dict[JobState, list[int]], error: FarmError
+) -> int:
     values = {
         "finished_at": now(),
-        "error_code": JobCancelled.code,
-        "error": JobCancelled().message,
+        "error_code": error.code,
+        "error": error.message,
         "cancel_requested": False,
         "not_before": None,
     }
-    waiting = {QUEUED: found.get(QUEUED, [])}
-    moved = _move_waiting(connection, batch_id, waiting, CANCELLED, values, "cancelled")
-    return moved, len(running)
+    return _move_waiting(connection, batch_id, waiting, CANCELLED, values, "cancelled")
 
 
 def redrive(
@@ -423,9 +448,14 @@ def redrive(
     code: str | None = None,
     limit: int = 5000,
 ) -> int:
-    """failed, cancelled -> queued by a person, at most `limit`; its failures start anew."""
-    where = [jobs.c.state.in_(states)] + ([jobs.c.error_code == code] if code else [])
-    found = _locked(connection, batch_id, idx, *where, limit=limit)
+    """failed, cancelled -> queued by a person, at most `limit`; its failures start anew.
+
+    That takes back a cancel of the whole batch, and a deadline that has passed.
+    """
+    where = or_(*(is_state(state) for state in states))
+    if code:
+        where = and_(where, jobs.c.error_code == code)
+    found = _locked(connection, batch_id, idx, where, [jobs.c.state, jobs.c.idx], limit)
     fresh = {
         "finished_at": None,
         "failures": 0,
@@ -441,7 +471,12 @@ def redrive(
     }
     moved = _move_waiting(connection, batch_id, found, QUEUED, fresh, "redriven")
     if moved:
-        connection.execute(update(batches).where(batches.c.id == batch_id).values(finished_at=None))
+        passed = case((batches.c.expires_at <= now(), None), else_=batches.c.expires_at)
+        connection.execute(
+            update(batches)
+            .where(batches.c.id == batch_id)
+            .values(finished_at=None, cancel_requested=False, expires_at=passed)
+        )
     return moved
 
 
@@ -456,21 +491,20 @@ def _move_waiting(
     """Move locked jobs that no session holds, given by their old state; how many."""
     tally, total = _Tally(), 0
     for old, idxs in places.items():
-        if not idxs:
-            continue
+        chosen = rows(connection, [jobs.c.idx], [(idx,) for idx in idxs])
+        mine = and_(jobs.c.batch_id == batch_id, jobs.c.idx == chosen.c.idx)
         moved = connection.execute(
             update(jobs)
-            .where(jobs.c.batch_id == batch_id, jobs.c.idx.in_(idxs))
+            .where(mine)
             .values(state=new, **values)
-            .returning(jobs.c.idx, jobs.c.model, jobs.c.asked_engine, jobs.c.claim_no)
+            .returning(jobs.c.model, jobs.c.asked_engine)
         ).all()
-        for (model, asked), n in Counter((row.model, row.asked_engine) for row in moved).items():
+        for (model, asked), n in Counter(tuple(row) for row in moved).items():
             tally.move((batch_id, model, asked), old, new, n)
-        rows = [
-            {"batch_id": batch_id, "idx": r.idx, "kind": kind, "claim_no": r.claim_no}
-            for r in moved
-        ]
-        connection.execute(events.insert().values(at=now()), rows)
+        told = ("batch_id", "idx", "claim_no", "at", "kind", "code", "message")
+        why = (jobs.c.error_code, jobs.c.error)
+        what = select(jobs.c.batch_id, jobs.c.idx, jobs.c.claim_no, now(), literal(kind), *why)
+        connection.execute(events.insert().from_select(told, what.where(mine)))
         total += len(moved)
     tally.write(connection)
     return total

@@ -26,9 +26,11 @@ from sqlalchemy import (
     Text,
     and_,
     func,
+    literal,
     literal_column,
     or_,
     text,
+    tuple_,
 )
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
@@ -83,6 +85,10 @@ batches = Table(
     Column("whole", Boolean, nullable=False, server_default=text("false")),  # wholly submitted
     Column("digest", String(64), nullable=False, server_default=""),  # of its jobs so far, in order
     Column("paused", Boolean, nullable=False, server_default=text("false")),
+    Column("cancel_requested", Boolean, nullable=False, server_default=text("false")),
+    Column("after_id", ForeignKey("batches.id", ondelete="SET NULL")),  # waits until that is done
+    Column("expires_at", Double),  # what has not begun by then is cancelled
+    Column("reuse", Boolean, nullable=False, server_default=text("true")),  # pictures there are
     Column("created_at", Double, nullable=False),
     Column("touched_at", Double, nullable=False),  # last sign of its submitter
     Column("started_at", Double),  # first claim
@@ -90,6 +96,18 @@ batches = Table(
     Column("idempotency_key", String(255)),  # of the request that made it, one an owner
     Column("request_sha256", String(64)),  # what that request held
     Index("ix_batches_idempotency", "owner", "idempotency_key", unique=True),
+    Index(
+        "ix_batches_open",
+        "owner",
+        sqlite_where=text("finished_at IS NULL"),
+        postgresql_where=text("finished_at IS NULL"),
+    ),
+    Index(
+        "ix_batches_after",
+        "after_id",
+        sqlite_where=text("after_id IS NOT NULL"),
+        postgresql_where=text("after_id IS NOT NULL"),
+    ),
 )
 
 # How many jobs of a batch stand in each state, by model and engine asked for; kept in
@@ -102,14 +120,11 @@ counts = Table(
     Column("model", String(63), primary_key=True),
     Column("asked_engine", String(16), primary_key=True, server_default=""),  # as in jobs
     *(Column(state, Integer, nullable=False, server_default="0") for state in STATES),
+    Column("claimed_at", Double),  # last claim
     *(CheckConstraint(f"{state} >= 0", name=f"{state}_not_negative") for state in STATES),
-    Index(
-        "ix_batch_counts_backlog",
-        "model",
-        sqlite_where=text("queued > 0"),
-        postgresql_where=text("queued > 0"),
-    ),
 )
+# No index but the primary key: a counter's update then writes none (PostgreSQL's HOT update).
+# Who looks for work comes from ix_batches_open.
 
 jobs = Table(
     "jobs",
@@ -138,7 +153,7 @@ jobs = Table(
     Column("object_key", Text),
     Column("sha256", String(64)),
     Column("size_bytes", Integer),
-    Column("render_s", Float),
+    Column("render_s", Float),  # NULL: another job's picture was linked
     Column("fingerprint", String(64)),
     Column("error_code", String(40)),
     Column("error", Text),
@@ -180,8 +195,29 @@ jobs = Table(
         "ix_jobs_failed",
         "batch_id",
         "error_code",
+        "idx",
         sqlite_where=text("state = 'failed'"),
         postgresql_where=text("state = 'failed'"),
+    ),
+    Index(
+        "ix_jobs_ended_badly",
+        "batch_id",
+        "state",
+        "idx",
+        sqlite_where=text("state IN ('failed', 'cancelled')"),
+        postgresql_where=text("state IN ('failed', 'cancelled')"),
+    ),
+    Index(
+        "ix_jobs_fingerprint",
+        "fingerprint",
+        sqlite_where=text("state = 'succeeded'"),
+        postgresql_where=text("state = 'succeeded'"),
+    ),
+    Index(
+        "ix_jobs_linked",
+        "object_key",
+        sqlite_where=text("state = 'succeeded' AND render_s IS NULL"),
+        postgresql_where=text("state = 'succeeded' AND render_s IS NULL"),
     ),
 )
 
@@ -189,6 +225,20 @@ jobs = Table(
 def is_state(state: JobState) -> ColumnElement[bool]:
     """A literal, not a parameter: a prepared plan can use the partial indexes then."""
     return jobs.c.state == literal_column(f"'{state}'")
+
+
+POOL_ORDER = (jobs.c.model, jobs.c.asked_engine, jobs.c.idx)
+
+
+def in_pool(batch_id: Any, model: str, asked_engine: Any) -> ColumnElement[bool]:
+    """Jobs of one batch, model and engine asked for, to be ordered by POOL_ORDER.
+
+    Written as a range of rows, whose order only `ix_jobs_queued` has. With three equations
+    PostgreSQL may walk the primary key instead, over a million jobs that ended long ago.
+    """
+    low = tuple_(jobs.c.model, jobs.c.asked_engine) >= tuple_(literal(model), asked_engine)
+    high = tuple_(jobs.c.model, jobs.c.asked_engine) <= tuple_(literal(model), asked_engine)
+    return and_(jobs.c.batch_id == batch_id, low, high)
 
 
 def is_due() -> ColumnElement[bool]:
@@ -217,6 +267,23 @@ events = Table(
     Column("session_id", String(32)),
     Column("claim_no", Integer),
     Index("ix_job_events_job", "batch_id", "idx"),
+)
+
+# The input pictures that a batch's jobs name: they are kept as long as the batch.
+batch_inputs = Table(
+    "batch_inputs",
+    metadata,
+    Column("key", String(80), primary_key=True),
+    Column("batch_id", ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True),
+    Index("ix_batch_inputs_batch", "batch_id"),
+)
+
+# Objects whose last row was pruned: still in the blob store, and soon deleted there.
+dropped_objects = Table(
+    "dropped_objects",
+    metadata,
+    Column("key", Text, primary_key=True),
+    Column("size_bytes", BigInteger),
 )
 
 # One life of a worker. The heartbeat is the lease of all it holds.
@@ -249,6 +316,33 @@ sessions = Table(
     ),
 )
 
+# How much an owner may have at once; '*' stands for all who have no row. NULL: no limit.
+owners = Table(
+    "owners",
+    metadata,
+    Column("owner", Text, primary_key=True),
+    Column("max_queued", Integer),
+    Column("max_running", Integer),
+)
+
+# When an owner was last given jobs of a model: among equals the longest unserved goes first.
+turns = Table(
+    "turns",
+    metadata,
+    Column("owner", Text, primary_key=True),
+    Column("model", String(63), primary_key=True),
+    Column("at", Double, nullable=False),
+)
+
+# Who leads where one is enough, until when.
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("holder", String(64), nullable=False),
+    Column("expires_at", Double, nullable=False),
+)
+
 # Who may use the HTTP API. The secret itself is nowhere, its SHA-256 only.
 tokens = Table(
     "api_tokens",
@@ -264,4 +358,16 @@ tokens = Table(
     Column("revoked_at", Double),
 )
 
-__all__ = ["batches", "counts", "events", "func", "jobs", "metadata", "now", "sessions", "tokens"]
+__all__ = [
+    "batch_inputs",
+    "batches",
+    "counts",
+    "dropped_objects",
+    "events",
+    "func",
+    "jobs",
+    "metadata",
+    "now",
+    "sessions",
+    "tokens",
+]

@@ -20,13 +20,59 @@ def upgrade() -> None:
         sa.Column("whole", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("digest", sa.String(length=64), server_default="", nullable=False),
         sa.Column("paused", sa.Boolean(), server_default=sa.text("false"), nullable=False),
+        sa.Column(
+            "cancel_requested", sa.Boolean(), server_default=sa.text("false"), nullable=False
+        ),
+        sa.Column("after_id", sa.String(length=16), nullable=True),
+        sa.Column("expires_at", sa.Double(), nullable=True),
+        sa.Column("reuse", sa.Boolean(), server_default=sa.text("true"), nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.Column("touched_at", sa.Double(), nullable=False),
         sa.Column("started_at", sa.Double(), nullable=True),
         sa.Column("finished_at", sa.Double(), nullable=True),
         sa.Column("idempotency_key", sa.String(length=255), nullable=True),
         sa.Column("request_sha256", sa.String(length=64), nullable=True),
+        sa.ForeignKeyConstraint(
+            ["after_id"], ["batches.id"], name=op.f("fk_batches_after_id"), ondelete="SET NULL"
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_batches")),
+    )
+    op.create_index(
+        "ix_batches_open",
+        "batches",
+        ["owner"],
+        unique=False,
+        sqlite_where=sa.text("finished_at IS NULL"),
+        postgresql_where=sa.text("finished_at IS NULL"),
+    )
+    op.create_index(
+        "ix_batches_after",
+        "batches",
+        ["after_id"],
+        unique=False,
+        sqlite_where=sa.text("after_id IS NOT NULL"),
+        postgresql_where=sa.text("after_id IS NOT NULL"),
+    )
+    op.create_table(
+        "owners",
+        sa.Column("owner", sa.Text(), nullable=False),
+        sa.Column("max_queued", sa.Integer(), nullable=True),
+        sa.Column("max_running", sa.Integer(), nullable=True),
+        sa.PrimaryKeyConstraint("owner", name=op.f("pk_owners")),
+    )
+    op.create_table(
+        "turns",
+        sa.Column("owner", sa.Text(), nullable=False),
+        sa.Column("model", sa.String(length=63), nullable=False),
+        sa.Column("at", sa.Double(), nullable=False),
+        sa.PrimaryKeyConstraint("owner", "model", name=op.f("pk_turns")),
+    )
+    op.create_table(
+        "leases",
+        sa.Column("name", sa.String(length=32), nullable=False),
+        sa.Column("holder", sa.String(length=64), nullable=False),
+        sa.Column("expires_at", sa.Double(), nullable=False),
+        sa.PrimaryKeyConstraint("name", name=op.f("pk_leases")),
     )
     op.create_index("ix_batches_idempotency", "batches", ["owner", "idempotency_key"], unique=True)
     op.create_table(
@@ -81,6 +127,7 @@ def upgrade() -> None:
         sa.Column("succeeded", sa.Integer(), server_default="0", nullable=False),
         sa.Column("failed", sa.Integer(), server_default="0", nullable=False),
         sa.Column("cancelled", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("claimed_at", sa.Double(), nullable=True),
         sa.CheckConstraint("cancelled >= 0", name=op.f("ck_batch_counts_cancelled_not_negative")),
         sa.CheckConstraint("failed >= 0", name=op.f("ck_batch_counts_failed_not_negative")),
         sa.CheckConstraint("queued >= 0", name=op.f("ck_batch_counts_queued_not_negative")),
@@ -91,13 +138,21 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("batch_id", "model", "asked_engine", name=op.f("pk_batch_counts")),
     )
-    op.create_index(
-        "ix_batch_counts_backlog",
-        "batch_counts",
-        ["model"],
-        unique=False,
-        sqlite_where=sa.text("queued > 0"),
-        postgresql_where=sa.text("queued > 0"),
+    op.create_table(
+        "batch_inputs",
+        sa.Column("key", sa.String(length=80), nullable=False),
+        sa.Column("batch_id", sa.String(length=16), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["batch_id"], ["batches.id"], name=op.f("fk_batch_inputs_batch_id"), ondelete="CASCADE"
+        ),
+        sa.PrimaryKeyConstraint("key", "batch_id", name=op.f("pk_batch_inputs")),
+    )
+    op.create_index("ix_batch_inputs_batch", "batch_inputs", ["batch_id"], unique=False)
+    op.create_table(
+        "dropped_objects",
+        sa.Column("key", sa.Text(), nullable=False),
+        sa.Column("size_bytes", sa.BigInteger(), nullable=True),
+        sa.PrimaryKeyConstraint("key", name=op.f("pk_dropped_objects")),
     )
     op.create_table(
         "job_events",
@@ -181,10 +236,34 @@ def upgrade() -> None:
     op.create_index(
         "ix_jobs_failed",
         "jobs",
-        ["batch_id", "error_code"],
+        ["batch_id", "error_code", "idx"],
         unique=False,
         sqlite_where=sa.text("state = 'failed'"),
         postgresql_where=sa.text("state = 'failed'"),
+    )
+    op.create_index(
+        "ix_jobs_ended_badly",
+        "jobs",
+        ["batch_id", "state", "idx"],
+        unique=False,
+        sqlite_where=sa.text("state IN ('failed', 'cancelled')"),
+        postgresql_where=sa.text("state IN ('failed', 'cancelled')"),
+    )
+    op.create_index(
+        "ix_jobs_fingerprint",
+        "jobs",
+        ["fingerprint"],
+        unique=False,
+        sqlite_where=sa.text("state = 'succeeded'"),
+        postgresql_where=sa.text("state = 'succeeded'"),
+    )
+    op.create_index(
+        "ix_jobs_linked",
+        "jobs",
+        ["object_key"],
+        unique=False,
+        sqlite_where=sa.text("state = 'succeeded' AND render_s IS NULL"),
+        postgresql_where=sa.text("state = 'succeeded' AND render_s IS NULL"),
     )
     op.create_index(
         "ix_jobs_held",
@@ -217,5 +296,10 @@ def downgrade() -> None:
     op.drop_table("batch_counts")
     op.drop_table("sessions")
     op.drop_table("job_events")
+    op.drop_table("batch_inputs")
+    op.drop_table("dropped_objects")
     op.drop_table("batches")
+    op.drop_table("leases")
+    op.drop_table("turns")
+    op.drop_table("owners")
     op.drop_table("api_tokens")

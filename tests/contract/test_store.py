@@ -26,7 +26,7 @@ from farm.errors import (
 )
 from farm.reconcile import reconcile, remove_abandoned
 from farm.states import TRANSITIONS, JobState
-from farm.store import batches, jobs, reads, schema, sessions
+from farm.store import batches, jobs, reads, schema, sessions, turns
 from farm.store.db import Database
 from farm.store.ids import JobRef
 from farm.store.tables import batches as batches_table
@@ -87,12 +87,12 @@ def test_a_batch_is_not_claimed_before_it_is_whole_nor_while_paused(kit: Kit) ->
     paused = kit.batch(spec())
     with kit.db.write() as connection:
         batches.set_paused(connection, paused, True)
-        assert batches.candidates(connection, LANE) == []
-        assert batches.backlog(connection) == {}
+        assert turns.candidates(connection, LANE) == []
+        assert turns.backlog(connection) == {}
         batches.set_paused(connection, paused, False)
         batches.release(connection, held, 1)
-        assert {row.id for row in batches.candidates(connection, LANE)} == {held, paused}
-        assert batches.backlog(connection) == {("shapes", ""): 2}
+        assert {row.id for row in turns.candidates(connection, LANE)} == {held, paused}
+        assert turns.backlog(connection) == {("shapes", ""): 2}
 
 
 def test_priority_then_fewest_running_then_age(kit: Kit) -> None:
@@ -101,7 +101,7 @@ def test_priority_then_fewest_running_then_age(kit: Kit) -> None:
 
     def order() -> list[str]:
         with kit.db.read() as connection:
-            return [row.id for row in batches.candidates(connection, LANE)]
+            return [row.id for row in turns.candidates(connection, LANE)]
 
     assert order()[0] == urgent
     kit.claim(urgent, kit.session())
@@ -116,8 +116,8 @@ def test_a_job_that_asks_for_an_engine_goes_to_no_other(kit: Kit) -> None:
     asks = [None, "sdcpp", None, "diffusers", "sdcpp"]
     batch = kit.batch(*[spec(f"{n}", engine=engine) for n, engine in enumerate(asks)])
     with kit.db.read() as connection:
-        found = [row.asked_engine for row in batches.candidates(connection, sdcpp)]
-        assert batches.backlog(connection) == {
+        found = [row.asked_engine for row in turns.candidates(connection, sdcpp)]
+        assert turns.backlog(connection) == {
             ("shapes", ""): 2, ("shapes", "sdcpp"): 2, ("shapes", "diffusers"): 1,
         }  # fmt: skip
     assert found == ["sdcpp", ""]
@@ -128,8 +128,8 @@ def test_a_job_that_asks_for_an_engine_goes_to_no_other(kit: Kit) -> None:
     assert [claim.ref.idx for claim in claims] == [1, 4, 0, 2]
     assert kit.states(batch) == {"running": 4, "queued": 1}
     with kit.db.read() as connection:
-        assert batches.candidates(connection, sdcpp) == []
-        assert [r.asked_engine for r in batches.candidates(connection, diffusers)] == ["diffusers"]
+        assert turns.candidates(connection, sdcpp) == []
+        assert [r.asked_engine for r in turns.candidates(connection, diffusers)] == ["diffusers"]
     with kit.db.write() as connection:
         jobs.lock(connection, claims)
         assert jobs.requeue(connection, claims[0], RenderFailed("x"))
@@ -325,7 +325,7 @@ def test_many_claimants_never_share_a_job(kit: Kit) -> None:
         done: list[JobRef] = []
         while True:
             with kit.db.write() as connection:
-                rows = batches.candidates(connection, LANE)
+                rows = turns.candidates(connection, LANE)
                 claims = [
                     claim
                     for row in rows
