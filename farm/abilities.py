@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from farm.catalog import Catalog, Family, ModelEntry
 from farm.samplers import SAMPLERS
-from farm.spec import JobSpec, Kind
+from farm.spec import JobSpec, Kind, engine_refuses
 
 
 class Abilities(NamedTuple):
@@ -44,6 +44,9 @@ def refusals(engine: str, family: Family, spec: JobSpec) -> dict[str, str]:
         bad["loras"] = f"none: engine {engine} takes no LoRA for family {family}"
     if spec.clip_skip and not can.clip_skip:
         bad["clip_skip"] = f"none: engine {engine} has no clip skip for family {family}"
+    for name in ("prompt", "negative_prompt"):
+        if why := engine_refuses(engine, getattr(spec, name)):
+            bad[name] = f"a text that engine {engine} takes: {why}"
     if engine == "sdcpp" and spec.scheduler and SAMPLERS[spec.scheduler].sdcpp is None:
         names = ", ".join(name for name, sampler in SAMPLERS.items() if sampler.sdcpp)
         bad["scheduler"] = f"one of {names} on engine sdcpp"

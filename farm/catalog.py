@@ -30,7 +30,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from farm.demo import SHAPES_DIR
 from farm.errors import InvalidConfig, UnknownModel
@@ -43,6 +43,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 Family = Literal[
     "sd1", "sdxl", "sd-turbo", "sd3", "flux", "flux2-klein", "qwen-image", "z-image", "other"
 ]
+Scheduler = Annotated[str, AfterValidator(canonical_scheduler)]
 NOTE = ".fetched.json"
 """Beside fetched files: {"source": what Weights.source said, "files": the names, ...}."""
 _REPO = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?$"
@@ -125,7 +126,7 @@ class Defaults(_Entry):
     height: int = 512
     steps: int = 25
     guidance_scale: float = 7.5
-    scheduler: str | None = None
+    scheduler: Scheduler | None = None
 
 
 class ModelEntry(_Entry):
@@ -145,7 +146,7 @@ class ModelEntry(_Entry):
     max_steps: Annotated[int, Field(ge=1, le=500)] = 500
     min_guidance: Annotated[float, Field(ge=0, le=100)] = 0.0
     max_guidance: Annotated[float, Field(ge=0, le=100)] = 100.0
-    schedulers: tuple[str, ...] = ()  # allowed ones; none named: all
+    schedulers: tuple[Scheduler, ...] = ()  # allowed ones; none named: all
     engines: Annotated[dict[EngineName, Weights], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -158,12 +159,6 @@ class ModelEntry(_Entry):
         given = self.defaults.model_dump()
         for name, expected in self.refusals(given).items():
             raise ValueError(f"defaults.{name}: {given[name]} is not {expected}")
-        return self
-
-    @model_validator(mode="after")
-    def _known_schedulers(self) -> ModelEntry:
-        for name in (*self.schedulers, *filter(None, [self.defaults.scheduler])):
-            canonical_scheduler(name)
         return self
 
     def refusals(self, params: Mapping[str, Any]) -> dict[str, str]:

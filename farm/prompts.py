@@ -34,6 +34,7 @@ from farm.spec import (
     JobSpec,
     NewJob,
     Shape,
+    engine_refuses,
     refuse_controls,
     row_errors,
 )
@@ -116,7 +117,7 @@ class _Maker:
 
     def _is_good(self, text: Any) -> TypeGuard[str]:
         """Whether a text passes the checks as it is, without a doubt."""
-        if type(text) is not str or len(text) > MAX_PROMPT_CHARS:
+        if type(text) is not str or len(text) > MAX_PROMPT_CHARS or _for_some_engines(text):
             return False
         if text.isascii():
             if _ASCII_BAD.search(text):
@@ -133,6 +134,8 @@ class _Maker:
         if isinstance(chosen, list):
             return chosen
         spec, n = chosen
+        if _for_some_engines(spec.prompt) or _for_some_engines(spec.negative_prompt):
+            return NewJob.of(spec), n  # its texts chose the engine: no shape for others
         key = _shape_key(row)
         shape = self._shapes.get(key) or Shape(spec)
         if key is not None:
@@ -140,6 +143,11 @@ class _Maker:
                 self._shapes.clear()
             self._shapes[key] = shape
         return NewJob(shape, spec.prompt, spec.negative_prompt, spec.seed), n
+
+
+def _for_some_engines(text: str) -> bool:
+    """Whether an engine does not take the text; most texts are plainly good."""
+    return (len(text) > 1_000 or "<" in text) and engine_refuses("sdcpp", text) is not None
 
 
 _SEEN_TO = (normalise, refuse_controls)  # by _is_good itself
@@ -192,8 +200,16 @@ def _checked_spec(
     chosen = refused or narrowed(spec, entry, catalog)
     if isinstance(chosen, JobSpec):
         return chosen
-    values = spec.model_dump()
-    return [RowError(line, name, repr(values[name]), told) for name, told in chosen.items()]
+    values = {**spec.model_dump(), "loras": dict(spec.loras)}
+    return [
+        RowError(line, name, repr(values[name])[:60], told, _code(name))
+        for name, told in chosen.items()
+    ]
+
+
+def _code(name: str) -> str:
+    """The code of a fault of a field."""
+    return (InvalidPrompt if name.endswith("prompt") else InvalidParameter).code
 
 
 def _take_pictures(line: int, fields: dict[str, Any], take: Callable[[str], str]) -> list[RowError]:

@@ -173,6 +173,22 @@ class NewJob(NamedTuple):
         return self.shape.spec.model_copy(update=own)
 
 
+SDCPP_PROMPT_BYTES = 4_000
+"""As UTF-8. A token may be one byte, and the text encoder's time and memory grow with the square
+of their number: 4,000 take 1.3 GB, and up to 2 s; 32,000 end the process."""
+
+
+def engine_refuses(engine: str, text: str) -> str | None:
+    """Why an engine takes no such text, whatever its model is; None where it does."""
+    if engine != "sdcpp":
+        return None
+    if "<lora:" in text.lower():
+        return "<lora:...> in a prompt would open a file; name LoRAs of the catalogue in `loras`"
+    if (length := len(text.encode(errors="surrogatepass"))) > SDCPP_PROMPT_BYTES:
+        return f"{length:,} bytes of text; engine sdcpp reads {SDCPP_PROMPT_BYTES:,} at most"
+    return None
+
+
 FIELDS = tuple(JobSpec.model_fields)
 # What may differ within a micro-batch; of the pictures, only whether there is one counts.
 PER_JOB = ("prompt", "negative_prompt", "seed", "format", "engine", "init_image", "mask_image")
@@ -232,7 +248,10 @@ def row_errors(line: int, error: ValidationError) -> list[RowError]:
     for item in error.errors(include_url=False, include_context=False):
         name = str(item["loc"][0]) if item["loc"] else _named(item["msg"])
         code = InvalidPrompt.code if name.endswith("prompt") else InvalidParameter.code
-        expected, got = EXPECTED.get(name, f"one of {', '.join(FIELDS)}"), _shown(item["input"])
+        value = item["input"]
+        if not item["loc"] and isinstance(value, Mapping):  # a fault of the whole
+            value = value.get(name)
+        expected, got = EXPECTED.get(name, f"one of {', '.join(FIELDS)}"), _shown(value)
         if item["type"] == "missing":
             got = "nothing"
         elif item["type"] == "value_error":

@@ -140,6 +140,7 @@ def create(config: EngineConfig) -> Engine:
 
 
 def said(error: BaseException) -> str:
-    """The type and the first line of an exception."""
+    """The type and the first line of an exception; two where the first only announces."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:500]}" if lines else type(error).__name__
+    text = " ".join(line.strip() for line in lines[: 2 if lines and lines[0][-1:] == ":" else 1])
+    return f"{type(error).__name__}: {text[:500]}" if text else type(error).__name__

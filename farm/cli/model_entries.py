@@ -66,7 +66,7 @@ def add(
     defaults; change them, or set limits, in models.toml. For a model that is
     there already, the weights for another engine are added to it.
     """
-    from farm.catalog import LORA
+    from farm.catalog import LORA, load_catalog
     from farm.models.add import NewEntry
     from farm.models.add import add as added
     from farm.models.entry import extends
@@ -96,6 +96,8 @@ def add(
     new = NewEntry(name, engine or LORA, weights, about)
     new.checked()
     conf = settings()
+    for model in fits or ():
+        load_catalog(conf.catalog_path).get(model)
     more = extends(conf, name, [] if lora else [new.engine])
     if more and about:
         raise Invalid(f"{', '.join(about)}: of {name} that stands in models.toml; change it there")

@@ -58,8 +58,9 @@ class NewEntry:
             return next(iter(ModelEntry.model_validate(self.table).engines.values()))
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise Invalid(f"{where or 'entry'}: {first['msg']}".replace("\n", " ")) from None
+            where = ".".join(str(part) for part in first["loc"] if part != "[key]")
+            why = first["msg"].removeprefix("Value error, ").replace("\n", " ")
+            raise Invalid(f"{where or 'entry'}: {why}") from None
 
     def with_defaults(self, pipeline: str = "") -> NewEntry:
         """With the family that the pipeline's class tells, and the family's size and steps.

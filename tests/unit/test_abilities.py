@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from farm.catalog import Catalog, LoraEntry, ModelEntry, Weights
-from farm.errors import InvalidParameter, RowError
+from farm.errors import InvalidParameter, InvalidPrompt, RowError
 from farm.prompts import Defaults, make_jobs, prompt_rows
 from farm.spec import JobSpec, NewJob
 
@@ -56,6 +56,27 @@ def test_what_only_one_engine_can_do_goes_to_that_one() -> None:
     assert right(scheduler="euler").engine is None
     assert right(scheduler="unipc").engine == "diffusers"
     assert right(engine="sdcpp").engine == "sdcpp"
+
+
+LONG = "é" * 2_001  # 4,002 bytes as UTF-8
+
+
+@pytest.mark.parametrize("text", [LONG, "a cat <LoRA:../x:1>"])
+def test_a_text_that_one_engine_does_not_take_goes_to_the_other(text: str) -> None:
+    assert right(prompt=text).engine == right(negative_prompt=text).engine == "diffusers"
+    rows = [{"prompt": "a"}, {"prompt": text}, {"prompt": "b"}, {"prompt": text}, {"prompt": "c"}]
+    for given in (rows, rows[1:]):  # whatever shape came first
+        jobs = make_jobs(prompt_rows(given), Defaults({"model": "both"}), CATALOG)
+        engines = [job.spec.engine for job in jobs if isinstance(job, NewJob)]
+        assert engines == ["diffusers" if row["prompt"] == text else None for row in given]
+    fault = wrong(prompt=text, engine="sdcpp")
+    assert (fault.field, fault.code) == ("prompt", InvalidPrompt.code)
+    assert "engine sdcpp" in fault.expected
+
+
+def test_a_fault_shows_the_value_of_its_field() -> None:
+    assert wrong(strength=0.5).got == "0.5: strength and init_image go together"
+    assert wrong(loras={"nosuch": 0.5}).got == "{'nosuch': 0.5}"
 
 
 def test_what_no_engine_asked_for_can_do_is_refused() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from farm.catalog import LORA, NOTE, Lane, Weights, load_catalog
+from farm.catalog import LORA, NOTE, Lane, ModelEntry, Weights, load_catalog
 from farm.errors import InvalidConfig, UnknownModel
 
 GOOD = """
@@ -223,3 +223,17 @@ def test_a_wrong_file_is_refused_with_its_place(tmp_path: Path, text: str, named
 def test_a_missing_file_is_said(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match=r"gone\.toml"):
         load_catalog(tmp_path / "gone.toml")
+
+
+def test_allowed_schedulers_have_their_common_names() -> None:
+    told = {"licence": "mit", "engines": {"diffusers": {"path": "x"}}}
+    entry = ModelEntry.model_validate(
+        told | {"schedulers": ["DDIMScheduler"], "defaults": {"scheduler": "DDIMScheduler"}}
+    )
+    assert entry.schedulers == ("ddim",)
+    assert entry.defaults.scheduler == "ddim"
+    assert not entry.refusals({**asked(), "scheduler": "ddim"})
+    with pytest.raises(ValueError, match="scheduler: ddim is not one of euler"):
+        ModelEntry.model_validate(
+            told | {"schedulers": ["euler"], "defaults": {"scheduler": "DDIMScheduler"}}
+        )

@@ -7,11 +7,8 @@ from typing import Any, NamedTuple
 
 from farm.errors import FarmError, InvalidPrompt
 from farm.samplers import SAMPLERS
-from farm.spec import JobSpec
+from farm.spec import JobSpec, engine_refuses
 
-MOST_PROMPT_BYTES = 4_000
-"""As UTF-8. A token may be one byte, and the text encoder's time and memory grow with the square
-of their number: 4,000 take 1.3 GB, and up to 2 s; 32,000 end the process."""
 LONGEST_SCHEDULE = 1_000
 """Steps that a model was trained on: a schedule has no use for more."""
 LIBRARYS_CHOICE = {"eta": math.inf, "flow_shift": math.inf}
@@ -90,12 +87,6 @@ def arguments(job: JobSpec, version: str, tile: str | None, *, distilled: bool) 
 def text_refusal(job: JobSpec) -> FarmError | None:
     """What of a job's texts the library would not survive, or take for something else."""
     for text in (job.prompt, job.negative_prompt):
-        if "<lora:" in text.lower():
-            return InvalidPrompt(
-                "<lora:...> in a prompt would open a file; name LoRAs of the catalogue in `loras`"
-            )
-        if (length := len(text.encode())) > MOST_PROMPT_BYTES:
-            return InvalidPrompt(
-                f"{length:,} bytes of text; engine sdcpp reads {MOST_PROMPT_BYTES:,} at most"
-            )
+        if why := engine_refuses("sdcpp", text):
+            return InvalidPrompt(why)
     return None
