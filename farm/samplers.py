@@ -26,7 +26,7 @@ class Sampler(NamedTuple):
 SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler("DDIMScheduler", sdcpp=("ddim_trailing", "default")),
     "ddpm": Sampler("DDPMScheduler"),
-    "pndm": Sampler("PNDMScheduler"),
+    "pndm": Sampler("PNDMScheduler", {"skip_prk_steps": True}),  # else no fewer than 4 steps
     "lms": Sampler("LMSDiscreteScheduler"),
     "euler": Sampler("EulerDiscreteScheduler", sdcpp=("euler", "default")),
     "euler_a": Sampler("EulerAncestralDiscreteScheduler", sdcpp=("euler_a", "default")),
@@ -46,7 +46,7 @@ SAMPLERS: dict[str, Sampler] = {
     "flow_euler": Sampler("FlowMatchEulerDiscreteScheduler", {}, ("euler", "default"), True),
     "flow_heun": Sampler("FlowMatchHeunDiscreteScheduler", {}, ("heun", "default"), True),
 }
-_NAME_OF = {known.diffusers: name for name, known in SAMPLERS.items() if not known.config}
+_NAME_OF = {known.diffusers: name for name, known in reversed(SAMPLERS.items())}  # the first
 
 
 def canonical_scheduler(name: str) -> str:

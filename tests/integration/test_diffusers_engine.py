@@ -26,6 +26,7 @@ from farm.errors import (
     OutOfMemory,
     PictureBlocked,
 )
+from farm.samplers import SAMPLERS
 from farm.spec import JobSpec
 from tests.diffusers_kit import FLOAT32_TOLERANCE, QUIET, Steps, config, engine, floats, spec
 from tests.models import tiny
@@ -162,6 +163,14 @@ def test_a_scheduler_changes_the_picture_and_leaves_no_trace() -> None:
         seen.add(picture.numpy().tobytes())
         assert torch.equal(floats("sd15", [spec()]), own)
     assert len(seen) == 1 + len(names)
+
+
+@pytest.mark.parametrize("name", [name for name, s in SAMPLERS.items() if not s.flow])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_every_scheduler_does_few_steps_too(name: str, steps: int) -> None:
+    picture = floats("sd15", [spec(scheduler=name, steps=steps)])
+    assert bool(picture.isfinite().all())
+    assert picture.std() > 0.01
 
 
 def test_more_steps_than_a_scheduler_has_are_refused() -> None:

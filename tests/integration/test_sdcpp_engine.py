@@ -111,6 +111,9 @@ def test_samplers_have_the_farms_names(kit: Kit) -> None:
     assert isinstance(refused, FarmError)
     assert refused.code == "ERR_INVALID_PARAMETER"
     assert refused.message.startswith("scheduler unipc: engine sdcpp can do ddim, euler, euler_a")
+    one_step = {name: kit.render(scheduler=name, steps=1) for name in done}
+    told = {name: r.message for name, r in one_step.items() if isinstance(r, FarmError)}
+    assert told == {"dpm++_2m_karras": "steps: at least 2 with scheduler dpm++_2m_karras, got 1"}
 
 
 def test_gguf_and_weight_types(kit: Kit, other: Callable[[EngineConfig], Kit]) -> None:

@@ -130,9 +130,11 @@ def _class(index: Index, name: str, place: Path) -> type:
 
 
 def take_any_dtype(pipeline: Any) -> None:
-    """Let a VAE of another dtype than the rest have its input in its own.
+    """Let a VAE of another dtype than the rest have its input in its own, and tell in theirs.
 
-    The pipelines hand latents over in the dtype of the denoiser, and most fail on any other.
+    The pipelines hand latents over in the dtype of the denoiser, and most fail on any other, also
+    on what the VAE encodes. Those of SDXL would give the VAE the denoiser's dtype for good after
+    they encoded (`force_upcast`), rounding its weights.
     """
     vae = getattr(pipeline, "vae", None)
     denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
@@ -142,4 +144,16 @@ def take_any_dtype(pipeline: Any) -> None:
     def cast(method: Callable[..., Any]) -> Callable[..., Any]:
         return lambda given, *args, **kwargs: method(given.to(vae.dtype), *args, **kwargs)
 
-    vae.decode, vae.encode = cast(vae.decode), cast(vae.encode)
+    encode = cast(vae.encode)
+
+    def encode_for_all(*args: Any, **kwargs: Any) -> Any:
+        output = encode(*args, **kwargs)
+        if told := getattr(output, "latent_dist", None):
+            output.latent_dist = type(told)(told.parameters.to(denoiser.dtype))
+        elif hasattr(output, "latents"):  # the tiny VAEs
+            output.latents = output.latents.to(denoiser.dtype)
+        return output
+
+    vae.decode, vae.encode = cast(vae.decode), encode_for_all
+    if getattr(vae.config, "force_upcast", False):
+        vae.register_to_config(force_upcast=False)

@@ -44,7 +44,7 @@ from workers.engines.diffusers_loras import Loras
 from workers.engines.diffusers_memory import Easing, default_side, first_cap, give_back
 from workers.engines.diffusers_schedulers import new_scheduler
 from workers.engines.diffusers_text import Size, Texts, texts
-from workers.engines.diffusers_vae import retry_in_float32
+from workers.engines.diffusers_vae import restore_dtype, retry_in_float32
 
 SELF_TEST_SIDE, SELF_TEST_STEPS = 64, 4  # PNDM fails with fewer than four
 
@@ -78,6 +78,8 @@ class DiffusersEngine:
         self._texts: Texts
         self._loras: Loras
         self._easing: Easing
+        self._vae: Any = None
+        self._vae_dtype: torch.dtype | None = None
 
     def load(self) -> EngineInfo:
         """Check every file, load, and render a first small picture."""
@@ -109,8 +111,10 @@ class DiffusersEngine:
             raise InvalidConfig(f"{type(self._pipe).__name__} is no text-to-image pipeline")
         self._texts = texts(base, self._config.strict)
         self._loras = Loras(self._pipe, self._config.loras)
-        if hasattr(self._pipe, "vae"):
-            retry_in_float32(self._pipe.vae)
+        self._vae = getattr(self._pipe, "vae", None)
+        if self._vae is not None:
+            self._vae_dtype = self._vae.dtype
+            retry_in_float32(self._vae)
 
     def render(
         self, jobs: Sequence[JobSpec], watch: Watch, inputs: Inputs = NO_INPUTS
@@ -162,6 +166,7 @@ class DiffusersEngine:
         if kinds.comes_back(first):
             watch.step(1, 1)
             return Floats(kinds.floats(group.pictures), [False] * len(group.jobs))
+        restore_dtype(self._vae, self._vae_dtype)
         chosen = self._pipelines.get(first.kind)
         chosen.pipe.scheduler = new_scheduler(self._scheduler, first.scheduler)
         try:
@@ -183,7 +188,7 @@ class DiffusersEngine:
         return self._easing.ease()
 
     def close(self) -> None:
-        self._pipe = self._scheduler = None
+        self._pipe = self._scheduler = self._vae = None
         gc.collect()
 
     def _arguments(self, chosen: Pipeline, group: Group, watch: Watch) -> dict[str, Any]:

@@ -37,6 +37,16 @@ def retry_in_float32(vae: Any) -> None:
     vae.decode = decode_again
 
 
+def restore_dtype(vae: Any, dtype: torch.dtype | None) -> None:
+    """The dtype that the VAE was loaded in, which a call that failed may not have given back.
+
+    SDXL's pipelines decode and encode in float32, and an error in between leaves the VAE there:
+    each later text-to-image would fail on it.
+    """
+    if vae is not None and vae.dtype != dtype:
+        vae.to(dtype)
+
+
 def _is_elsewhere(vae: Any) -> bool:
     """Offloaded layer by layer: its weights come from a copy that keeps its dtype."""
     return any(parameter.is_meta for parameter in vae.parameters())

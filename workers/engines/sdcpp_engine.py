@@ -238,6 +238,8 @@ class SdcppEngine:
         if job.scheduler and job.scheduler not in can:
             kind = "this model" if job.scheduler in known else "engine sdcpp"
             return InvalidParameter(f"scheduler {job.scheduler}: {kind} can do {', '.join(can)}")
+        if job.scheduler == "dpm++_2m_karras" and job.steps == 1:  # the library gives NaN
+            return InvalidParameter(f"steps: at least 2 with scheduler {job.scheduler}, got 1")
         return None
 
     def _model_refusal(self, job: JobSpec) -> FarmError | None:
