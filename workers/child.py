@@ -203,17 +203,12 @@ class Child:
                 if isinstance(message, End):
                     self._open = 0
                     return
-                event = self._event(message)
-                self._note(event)
-                yield event
+                events = _events_of(message)
+                for event in events:
+                    self._note(event)
+                yield from events
         finally:
             self._abandon(bundle)
-
-    def _event(self, message: Message | Rendered) -> Event:
-        if isinstance(message, Fault):
-            return Failed(message.id, by_code(message.code, message.message))
-        assert not isinstance(message, Ready | Broken | End | Shipped)
-        return message
 
     def _note(self, event: Event) -> None:
         if isinstance(event, Started):
@@ -270,7 +265,8 @@ class Child:
             while not isinstance(
                 message := self._receive(self._step_timeout_s, "during a render"), End
             ):
-                self._note(self._event(message))
+                for event in _events_of(message):
+                    self._note(event)
         except EngineCrashed:
             if not self._ending:
                 raise
@@ -287,7 +283,7 @@ class Child:
             except OSError:
                 return
 
-    def _receive(self, timeout_s: float, when: str) -> Message | Rendered:
+    def _receive(self, timeout_s: float, when: str) -> Message | list[Rendered]:
         process, pipe = self._process, self._pipe
         if process is None or pipe is None:
             raise EngineCrashed("the engine's process is not running")
@@ -301,8 +297,13 @@ class Child:
                 raise EOFError
             message: Message = pipe.recv()
             if isinstance(message, Shipped):
-                pixels = np.frombuffer(pipe.recv_bytes(), np.uint8).reshape(message.shape)
-                return Rendered(message.id, pixels, message.seconds, message.batch)
+                pixels = np.frombuffer(pipe.recv_bytes(), np.uint8)
+                return [
+                    Rendered(job, picture, message.seconds, message.batch)
+                    for job, picture in zip(
+                        message.ids, pixels.reshape(-1, *message.shape), strict=True
+                    )
+                ]
         except (EOFError, OSError):
             process.join(1.0)
             self._give_up()
@@ -337,3 +338,12 @@ class Child:
         if fatal:  # what native code said stands above Python's own report
             lines = lines[: fatal[-1] + LAST_WORDS // 2]
         return "; its last words: " + " | ".join(lines[-LAST_WORDS:]) if lines else ""
+
+
+def _events_of(message: Message | list[Rendered]) -> Sequence[Event]:
+    if isinstance(message, list):
+        return message
+    if isinstance(message, Fault):
+        return [Failed(message.id, by_code(message.code, message.message))]
+    assert not isinstance(message, Ready | Broken | End | Shipped)
+    return [message]

@@ -57,6 +57,8 @@ from workers.messages import (
 )
 
 PROGRESS_PERIOD_S = 0.2
+TOGETHER_BYTES = 2**20
+"""Pixels of a micro-batch that cross the pipe at once."""
 GAVE_UP = 70
 """Exit status after a Broken: the model did not load, or its device is unusable."""
 
@@ -114,11 +116,12 @@ class Outbox:
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
 
-    def send(self, message: Message, pixels: Pixels | None = None) -> None:
+    def send(self, message: Message, pixels: Sequence[Pixels] = ()) -> None:
         try:
             self._pipe.send(message)
-            if pixels is not None:
-                self._pipe.send_bytes(np.ascontiguousarray(pixels).data.cast("B"))
+            if pixels:
+                whole = pixels[0] if len(pixels) == 1 else np.stack(pixels)
+                self._pipe.send_bytes(np.ascontiguousarray(whole).data.cast("B"))
         except OSError:
             os._exit(0)
 
@@ -218,7 +221,7 @@ class BundleRun:
         if refusal := self._ladder.refusal(specs[0]):
             self._fail_all(ids, refusal)
             return
-        self._ids, self._reported = ids, 0.0
+        self._ids, self._reported = ids, monotonic()
         self._outbox.send(Started(ids))
         if self._strict:
             specs += specs[-1:] * (self._ladder.cap - len(specs))
@@ -232,8 +235,7 @@ class BundleRun:
             self._spoilt(ids, outcome)
             return
         self._ladder.rendered(specs[0])
-        for job, result in zip(ids, outcome, strict=False):
-            self._settle(job, result, seconds, len(specs))
+        self._settle(dict(zip(ids, outcome, strict=False)), seconds, len(specs))
 
     def _attempt(self, specs: Sequence[JobSpec]) -> Outcome:
         """The engine's answer. An exception ends here, with all that its frames held."""
@@ -275,16 +277,25 @@ class BundleRun:
         else:
             self._fail_all(ids, self._ladder.last_word(specs[0], error))
 
-    def _settle(self, job: int, result: Pixels | FarmError, seconds: float, batch: int) -> None:
-        if job in self._cancelled():
-            result = JobCancelled()
-        elif not isinstance(result, FarmError):
-            result = _checked(result, self._bundle.specs[job])
-        if isinstance(result, FarmError):
-            self._fail(job, result)
-            return
-        height, width, colours = result.shape
-        self._outbox.send(Shipped(job, seconds, batch, (height, width, colours)), result)
+    def _settle(self, results: dict[int, Pixels | FarmError], seconds: float, batch: int) -> None:
+        pictures: dict[int, Pixels] = {}
+        cancelled = self._cancelled()
+        for job, result in results.items():
+            if job in cancelled:
+                result = JobCancelled()
+            elif not isinstance(result, FarmError):
+                result = _checked(result, self._bundle.specs[job])
+            if isinstance(result, FarmError):
+                self._fail(job, result)
+            else:
+                pictures[job] = result
+        ids = list(pictures)
+        while ids:  # small ones travel together, large ones are not copied for it
+            few = max(1, TOGETHER_BYTES // pictures[ids[0]].nbytes)
+            now, ids = ids[:few], ids[few:]
+            some = [pictures[job] for job in now]
+            height, width, colours = some[0].shape
+            self._outbox.send(Shipped(tuple(now), seconds, batch, (height, width, colours)), some)
 
     def _fail_all(self, ids: tuple[int, ...], error: FarmError) -> None:
         for job in ids:

@@ -6,9 +6,10 @@ import logging
 import random
 import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from farm.blobs import BlobStore
 from farm.errors import EnvironmentFault, FarmError, RenderFailed, StorageUnavailable
@@ -18,8 +19,16 @@ from workers.recorder import Recorder
 
 log = logging.getLogger(__name__)
 THREADS = 4
-MOST_WAITING = 32  # pictures in memory; beyond that the engine waits
+MOST_WAITING = 256  # pictures in memory; beyond that the engine waits
+MOST_BYTES = 128 * 2**20  # of their pixels
+TOGETHER = 16  # pictures that a thread takes at once, when many wait
 PATIENCE_S = 60.0  # how long a finished picture is held while the blob store is away
+
+
+class _Finished(NamedTuple):
+    claim: Claim
+    pixels: Any
+    render_s: float
 
 
 class Keeper:
@@ -28,7 +37,10 @@ class Keeper:
     def __init__(self, blobs: BlobStore, origin: Origin, recorder: Recorder) -> None:
         self._blobs, self._origin, self._recorder = blobs, origin, recorder
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="keeper")
-        self._room = threading.Semaphore(MOST_WAITING)
+        self._changed = threading.Condition()
+        self._waiting: deque[_Finished] = deque()
+        self._busy = 0  # threads at work
+        self._held, self._held_bytes = 0, 0  # waiting or under way
         self._closing = threading.Event()
         self.trouble = ""
 
@@ -37,21 +49,52 @@ class Keeper:
 
         Returns at once, unless too many pictures wait for the blob store already.
         """
-        self._room.acquire()
-        future = self._pool.submit(self._keep, claim, pixels, render_s)
-        future.add_done_callback(lambda _: self._room.release())
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_room(pixels.nbytes))
+            self._waiting.append(_Finished(claim, pixels, render_s))
+            self._held += 1
+            self._held_bytes += pixels.nbytes
+            if self._busy == THREADS:
+                return
+            self._busy += 1
+        self._pool.submit(self._work)
 
-    def _keep(self, claim: Claim, pixels: Any, render_s: float) -> None:
+    def _has_room(self, size: int) -> bool:
+        fits = self._held < MOST_WAITING and self._held_bytes + size <= MOST_BYTES
+        return fits or not self._held
+
+    def _work(self) -> None:
+        """One thread's: whatever waits, until nothing does."""
+        while group := self._take():
+            stored = []
+            for one in group:
+                if picture := self._try(one):
+                    stored.append((one.claim, picture))
+            self._recorder.pictures(stored)
+            with self._changed:
+                self._held -= len(group)
+                self._held_bytes -= sum(one.pixels.nbytes for one in group)
+                self._changed.notify_all()
+
+    def _take(self) -> list[_Finished]:
+        """An even share of what waits, so that no other thread is idle meanwhile."""
+        with self._changed:
+            if not self._waiting:
+                self._busy -= 1
+            share = min(TOGETHER, -(-len(self._waiting) // THREADS))
+            return [self._waiting.popleft() for _ in range(share)]
+
+    def _try(self, one: _Finished) -> Picture | None:
+        """The stored picture; None: its failure is recorded."""
         try:
-            picture = self._stored(claim, pixels, render_s)
+            return self._stored(*one)
         except FarmError as error:
-            self._recorder.failure(claim, error)
+            self._recorder.failure(one.claim, error)
         except Exception as error:
-            log.exception("job %s: the picture could not be made a file", claim.ref)
+            log.exception("job %s: the picture could not be made a file", one.claim.ref)
             what = f"the picture could not be stored: {type(error).__name__}: {error}"
-            self._recorder.failure(claim, RenderFailed(what))
-        else:
-            self._recorder.picture(claim, picture)
+            self._recorder.failure(one.claim, RenderFailed(what))
+        return None
 
     def _stored(self, claim: Claim, pixels: Any, render_s: float) -> Picture:
         spec, origin = claim.spec, self._origin

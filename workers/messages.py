@@ -2,7 +2,7 @@
 
 A bundle's jobs are named by their positions in it, 0 to n-1; an order names the bundle, so that
 one which comes too late for its bundle does not touch the next. The child answers a Bundle with
-events and one End. A Rendered is followed by the picture's bytes as a message of their own.
+events and one End. A Shipped is followed by the pictures' bytes as a message of their own.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class End:
 
 @dataclass(frozen=True)
 class Shipped:
-    """A finished picture; its bytes follow."""
+    """Finished pictures of one shape; their bytes follow, one after the other."""
 
-    id: int
+    ids: tuple[int, ...]
     seconds: float
     batch: int
     shape: tuple[int, int, int]

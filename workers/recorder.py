@@ -20,7 +20,7 @@ from farm.store.jobs import Claim, Picture
 from farm.verdict import give_back, settle_failure
 
 log = logging.getLogger(__name__)
-GROUP = 64  # so many records are written at once ...
+GROUP = 256  # so many records are written at once ...
 WAIT_S = 0.25  # ... or what there is after so long
 MAX_BACKOFF_S = 5.0
 
@@ -39,9 +39,16 @@ class _Group:
     def claims(self) -> list[Claim]:
         return [*self.started, *self.progress, *self.ended()]
 
+    def begun(self) -> list[Claim]:
+        """Those whose start is to be noted: the record of a picture notes its own."""
+        done = {(claim.ref, claim.claim_no) for claim, _ in self.pictures}
+        return [claim for claim in self.started if (claim.ref, claim.claim_no) not in done]
+
+    def ends(self) -> int:
+        return len(self.pictures) + len(self.failures) + len(self.back)
+
     def __len__(self) -> int:
-        parts = (self.started, self.progress, self.pictures, self.failures, self.back)
-        return sum(len(part) for part in parts)
+        return len(self.started) + len(self.progress) + self.ends()
 
 
 class Recorder:
@@ -74,8 +81,8 @@ class Recorder:
     def progress(self, claims: list[Claim], fraction: float) -> None:
         self._add(lambda group: group.progress.update(dict.fromkeys(claims, fraction)))
 
-    def picture(self, claim: Claim, picture: Picture) -> None:
-        self._add(lambda group: group.pictures.append((claim, picture)))
+    def pictures(self, stored: list[tuple[Claim, Picture]]) -> None:
+        self._add(lambda group: group.pictures.extend(stored))
 
     def failure(self, claim: Claim, error: FarmError) -> None:
         self._add(lambda group: group.failures.append((claim, error)))
@@ -85,8 +92,10 @@ class Recorder:
 
     def _add(self, add: Callable[[_Group], None]) -> None:
         with self._changed:
+            idle = not len(self._group)
             add(self._group)
-            self._changed.notify_all()
+            if idle or self._full():
+                self._changed.notify_all()
 
     def close(self, timeout_s: float) -> bool:
         """Record what is left and end; False if the database was away for all of `timeout_s`."""
@@ -107,7 +116,7 @@ class Recorder:
             self._write(group)
 
     def _full(self) -> bool:
-        ended = len(self._group.ended())
+        ended = self._group.ends()
         last = ended > 0 and ended >= self._outstanding()
         return last or len(self._group) >= GROUP or self._closing
 
@@ -144,7 +153,7 @@ class Recorder:
 
     def _apply(self, connection: Connection, group: _Group) -> set[JobRef]:
         jobs.lock(connection, group.claims())
-        jobs.mark_started(connection, group.started)
+        jobs.mark_started(connection, group.begun())
         jobs.record_progress(connection, group.progress.items())
         recorded = jobs.succeed(connection, group.pictures)
         for claim, error in group.failures:

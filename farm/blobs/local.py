@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from farm.blobs import BlobStat, check_expiry, check_key, check_prefix, is_key, probe
@@ -29,6 +31,7 @@ class LocalBlobs:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._real_root = root.resolve()
+        self._syncs = _SharedSyncs()
 
     def put(self, key: str, data: bytes, content_type: str) -> None:
         path = self._path(key)
@@ -38,7 +41,7 @@ class LocalBlobs:
                 _make_directory(path.parent)
                 _write_file(temporary, data)
                 os.replace(temporary, path)
-                _sync_directory(path.parent)
+                self._syncs.sync(path.parent)
         except BaseException:
             with suppress(OSError):
                 os.unlink(temporary)
@@ -126,6 +129,53 @@ class LocalBlobs:
             else:
                 text = f"cannot {action} in {place}: {exc.strerror or type(exc).__name__}"
             raise StorageUnavailable(text) from exc
+
+
+@dataclass
+class _Sync:
+    """One fsync of a directory, before or while it runs."""
+
+    ended: threading.Event = field(default_factory=threading.Event)
+    error: OSError | None = None
+
+
+class _SharedSyncs:
+    """fsync of directories: those that ask while one runs share the next.
+
+    A disk does a few hundred a second, small pictures come faster.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: dict[Path, _Sync] = {}
+        self._next: dict[Path, _Sync] = {}
+
+    def sync(self, directory: Path) -> None:
+        """Return after an fsync that began after this call did. Raises OSError."""
+        with self._lock:
+            before = self._running.get(directory)
+            leads = directory not in self._next
+            mine = self._next.setdefault(directory, _Sync())
+        if leads:
+            if before:
+                before.ended.wait()
+            self._run(directory, mine)
+        mine.ended.wait()
+        if mine.error:
+            raise mine.error
+
+    def _run(self, directory: Path, mine: _Sync) -> None:
+        with self._lock:  # from here on others wait for the one after this
+            self._running[directory] = self._next.pop(directory)
+        try:
+            _sync_directory(directory)
+        except OSError as error:
+            mine.error = error
+        finally:
+            with self._lock:
+                if self._running.get(directory) is mine:
+                    del self._running[directory]
+            mine.ended.set()
 
 
 def _entries(directory: Path) -> list[tuple[str, os.DirEntry[str]]]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from sqlalchemy import (
+    Column,
     ColumnElement,
     Connection,
+    FromClause,
     and_,
     bindparam,
     case,
@@ -68,7 +70,7 @@ class Picture:
     object_key: str
     sha256: str
     size_bytes: int
-    render_s: float
+    render_s: float | None  # None: it was rendered for another job
     fingerprint: str
 
 
@@ -211,16 +213,49 @@ def lock(connection: Connection, held: Sequence[Claim]) -> None:
     """Take jobs, then counters, then batches of these claims, each in order.
 
     Whoever moves several jobs in one transaction takes locks in this order, so that no two wait
-    for each other.
+    for each other. SQLite has one writer at a time.
     """
-    for session_id in sorted({claim.session_id for claim in held}):
-        rows = select(jobs.c.idx).where(jobs.c.session_id == session_id, is_state(RUNNING))
-        connection.execute(rows.order_by(jobs.c.batch_id, jobs.c.idx).with_for_update()).all()
+    if connection.dialect.name == "sqlite":
+        return
+    for (batch_id, session_id), some in sorted(_by_holder(held).items()):
+        mine = rows(connection, _FENCE, [_fence(claim) for claim in some])
+        guarded = select(jobs.c.idx).where(*_holds(batch_id, session_id, mine))
+        connection.execute(guarded.order_by(jobs.c.idx).with_for_update(of=jobs)).all()
     for pool in sorted({_pool_of(claim) for claim in held}):
         connection.execute(select(counts.c.model).where(counter_of(pool)).with_for_update()).all()
     for batch_id in sorted({claim.ref.batch_id for claim in held}):
         whole = select(batches.c.id).where(batches.c.id == batch_id)
         connection.execute(whole.with_for_update(key_share=True)).all()
+
+
+_FENCE = (jobs.c.idx, jobs.c.claim_no)
+
+
+def _fence(held: Claim) -> tuple[int, int]:
+    return held.ref.idx, held.claim_no
+
+
+def _by_holder(held: Iterable[Claim]) -> dict[tuple[str, str], list[Claim]]:
+    """Claims by (batch, session)."""
+    found: dict[tuple[str, str], list[Claim]] = {}
+    for claim in held:
+        found.setdefault((claim.ref.batch_id, claim.session_id), []).append(claim)
+    return found
+
+
+def _holds(batch_id: str, session_id: str, given: FromClause) -> tuple[ColumnElement[bool], ...]:
+    """The guard of many: the jobs in `given`, as far as their claims still hold.
+
+    The coalesce hides an index: each job is to be looked up by its place, and not among all that
+    the session holds, which a planner may think are few.
+    """
+    return (
+        jobs.c.batch_id == batch_id,
+        jobs.c.idx == given.c.idx,
+        is_state(RUNNING),
+        func.coalesce(jobs.c.session_id, "") == session_id,
+        jobs.c.claim_no == given.c.claim_no,
+    )
 
 
 _GUARD = and_(
@@ -242,47 +277,75 @@ def _guarded(
     return bool(connection.execute(statement, guard).rowcount)
 
 
+def _guarded_many(
+    connection: Connection,
+    held: Sequence[Claim],
+    values: dict[str, Any],
+    columns: Sequence[Column[Any]] = (),
+    own: Sequence[Sequence[Any]] = (),
+) -> int:
+    """Update the rows whose claims still hold, all of one batch and session; how many did.
+
+    `own`: for each claim its values of `columns`. A statement for each row would cost ten times
+    as much.
+    """
+    own = own or [()] * len(held)
+    fenced = [(*_fence(claim), *some) for claim, some in zip(held, own, strict=True)]
+    mine = rows(connection, (*_FENCE, *columns), fenced)
+    bound = {column.name: mine.c[column.name] for column in columns}
+    guard = _holds(held[0].ref.batch_id, held[0].session_id, mine)
+    changed = connection.execute(update(jobs).where(*guard).values({**values, **bound}))
+    return changed.rowcount
+
+
 def mark_started(connection: Connection, held: Iterable[Claim]) -> None:
     """Note that these jobs' own renders began: should the worker die now, they are suspects."""
-    for one in held:
-        _guarded(connection, one, {"started_at": now()})
+    for some in _by_holder(held).values():
+        _guarded_many(connection, some, {"started_at": now()})
 
 
 def record_progress(connection: Connection, progress: Iterable[tuple[Claim, float]]) -> None:
     """Note how far running jobs are, 0 to 1."""
-    for one, fraction in progress:
-        _guarded(connection, one, {"progress": fraction})
+    fractions = dict(progress)
+    for some in _by_holder(fractions).values():
+        own = [(fractions[claim],) for claim in some]
+        _guarded_many(connection, some, {}, [jobs.c.progress], own)
+
+
+_PICTURE = tuple(jobs.c[field.name] for field in fields(Picture))
 
 
 def succeed(connection: Connection, done: Sequence[tuple[Claim, Picture]]) -> set[JobRef]:
     """running -> succeeded, for stored pictures. A ref not returned: its claim was lost."""
-    tally, moved = _Tally(), set[JobRef]()
+    pools: dict[tuple[Pool, str], list[tuple[Claim, Picture]]] = {}
     for held, picture in done:
-        values = {
-            "state": SUCCEEDED,
-            "session_id": None,
-            "finished_at": now(),
-            "progress": 1.0,
-            "object_key": picture.object_key,
-            "sha256": picture.sha256,
-            "suspect": False,
-            "size_bytes": picture.size_bytes,
-            "render_s": picture.render_s,
-            "fingerprint": picture.fingerprint,
-            "error_code": None,
-            "error": None,
-        }
-        if _guarded(connection, held, values):
-            moved.add(held.ref)
-            tally.move(_pool_of(held), RUNNING, SUCCEEDED)
-        elif _recorded(connection, held.ref, picture.object_key):
-            moved.add(held.ref)
+        pools.setdefault((_pool_of(held), held.session_id), []).append((held, picture))
+    values = {
+        "state": SUCCEEDED,
+        "session_id": None,
+        "started_at": func.coalesce(jobs.c.started_at, now()),
+        "finished_at": now(),
+        "progress": 1.0,
+        "suspect": False,
+        "error_code": None,
+        "error": None,
+    }
+    tally, moved = _Tally(), set[JobRef]()
+    for (pool, _), some in pools.items():
+        claims = [held for held, _ in some]
+        own = [[getattr(picture, c.name) for c in _PICTURE] for _, picture in some]
+        changed = _guarded_many(connection, claims, values, _PICTURE, own)
+        tally.move(pool, RUNNING, SUCCEEDED, changed)
+        if changed == len(some):
+            moved.update(held.ref for held in claims)
+        else:
+            moved |= {h.ref for h, p in some if _recorded(connection, h.ref, p.object_key)}
     tally.write(connection)
     return moved
 
 
 def _recorded(connection: Connection, ref: JobRef, object_key: str) -> bool:
-    """Whether this very picture stands in the record: only the answer to its commit was lost."""
+    """Whether this very picture stands in the record, be it that only its answer was lost."""
     mine = and_(jobs.c.batch_id == ref.batch_id, jobs.c.idx == ref.idx)
     query = select(jobs.c.idx).where(mine, jobs.c.object_key == object_key)
     return connection.execute(query).first() is not None

@@ -64,7 +64,7 @@ def test_a_group_is_written_together(kit: Kit, recorder: Recorder) -> None:
     recorder.started(claims)
     recorder.progress(claims[:2], 0.5)
     for claim in claims[:8]:
-        recorder.picture(claim, PICTURE)
+        recorder.pictures([(claim, PICTURE)])
     recorder.failure(claims[8], RenderFailed("odd"))
     recorder.back(claims[9], "shut down")
     soon(lambda: kit.states(batch) == {"succeeded": 8, "queued": 2})
@@ -73,9 +73,9 @@ def test_a_group_is_written_together(kit: Kit, recorder: Recorder) -> None:
 def test_one_refused_record_does_not_spoil_the_others(kit: Kit, recorder: Recorder) -> None:
     batch = kit.batch(spec("a"), spec("b"), spec("c"))
     one, two, three = kit.claim(batch, kit.session(), limit=3)
-    recorder.picture(one, PICTURE)
-    recorder.picture(two, Picture("key", None, 1, 0.1, "f"))  # type: ignore[arg-type]
-    recorder.picture(three, PICTURE)
+    recorder.pictures([(one, PICTURE)])
+    recorder.pictures([(two, Picture("key", None, 1, 0.1, "f"))])  # type: ignore[arg-type]
+    recorder.pictures([(three, PICTURE)])
     soon(lambda: kit.states(batch) == {"succeeded": 2, "queued": 1})
     with kit.db.read() as connection:
         assert "could not be recorded" in (reads.job(connection, two.ref).error or "")
@@ -86,7 +86,7 @@ def test_a_lost_claim_s_picture_is_dropped(kit: Kit, recorder: Recorder, lost: l
     (ghost,) = kit.claim(batch, kit.session())
     with kit.db.write() as connection:
         jobs.requeue(connection, ghost, RenderFailed("expired"))
-    recorder.picture(ghost, PICTURE)
+    recorder.pictures([(ghost, PICTURE)])
     soon(lambda: lost == [ghost])
     assert kit.states(batch) == {"queued": 1}
 
