@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,14 +44,14 @@ def _spawner(pid: int) -> ThreadPoolExecutor:
 
 
 def spawn(
-    argv: Sequence[str | Path], log: Path, *, env: Mapping[str, str] | None = None
+    argv: Sequence[str | Path], log: Path | None, *, env: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start a program that writes to `log` and dies with this process (elsewhere than on Linux: \
-not when this one is killed). Ctrl-C does not reach it."""
+    """Start a program that writes to `log` (None: where this one writes) and dies with this \
+process (elsewhere than on Linux: not when this one is killed). Ctrl-C does not reach it."""
     launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), str(int(signal.SIGKILL))]
 
     def start() -> subprocess.Popen[bytes]:
-        with log.open("ab") as out:
+        with log.open("ab") if log else nullcontext() as out:
             return subprocess.Popen(
                 [*launch, *map(str, argv)],
                 stdin=subprocess.DEVNULL,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -35,6 +36,7 @@ class Lessons:
         self._learnt_cap: int | None = None
         self._eased: tuple[str, ...] = ()
         self._too_large: int | None = None
+        self._load_s = 0.0
 
     def load(self, child: Child) -> EngineInfo:
         """Start the child with what earlier workers learnt. Raises as Child.start does."""
@@ -42,7 +44,7 @@ class Lessons:
         if last and (last.info.get("learnt_cap") or last.info.get("eased")):
             cap, eased = last.info.get("learnt_cap"), tuple(last.info.get("eased") or ())
             child.adopt(micro_batch=self._least(cap), eased=len(eased))
-            info = child.start()
+            info = self._timed(child)
             if self._same(last, info):
                 self._learnt_cap, self._eased = cap, eased
                 log.warning("begins with what an earlier worker learnt: %s", self.note)
@@ -50,9 +52,15 @@ class Lessons:
                 log.info("what an earlier worker learnt holds no more; loading anew")
                 child.adopt(micro_batch=self._config.micro_batch, eased=self._config.eased)
                 info = None
-        info = info or child.start()
+        info = info or self._timed(child)
         self.cap = info.micro_batch
         self._unlearnt_cap = None if self._learnt_cap else info.micro_batch
+        return info
+
+    def _timed(self, child: Child) -> EngineInfo:
+        began = time.monotonic()
+        info = child.start()
+        self._load_s = time.monotonic() - began
         return info
 
     def take(self, event: Lesson) -> None:
@@ -82,7 +90,7 @@ class Lessons:
         """The session's info."""
         learnt = {"learnt_cap": self._learnt_cap, "eased": list(self._eased)}
         mode = {"micro_batch": self.cap, "strict": self._config.strict}
-        return {**asdict(info), **mode, **learnt}
+        return {**asdict(info), **mode, **learnt, "load_s": self._load_s}
 
     def _last(self) -> Row[Any, Any, Any] | None:
         config = self._config

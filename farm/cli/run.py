@@ -13,9 +13,10 @@ import typer
 
 from farm.cli.context import examples, options, set_logging, settings
 from farm.cli.output import hint, note
-from farm.errors import DatabaseUnavailable, InvalidConfig
+from farm.errors import DatabaseUnavailable, Invalid, InvalidConfig
 
 if TYPE_CHECKING:
+    from farm.catalog import Lane
     from farm.children import WorkerFlags
     from farm.config import Settings
     from farm.embedded import EmbeddedFarm
@@ -114,8 +115,22 @@ class _interruptible:
 
 
 def worker(
-    model: Annotated[str, typer.Option("--model", "-m", help="See `farm models`.")],
-    engine: Annotated[str, typer.Option("--engine", "-e", help="Such as diffusers.")],
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME[:ENGINE]",
+            help="See `farm models`; with --auto one to choose from, can be repeated.",
+        ),
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option("--engine", "-e", help="Default: the first that is installed.")
+    ] = None,
+    auto: Annotated[
+        bool,
+        typer.Option("--auto", help="Choose the model by what waits, again and again."),
+    ] = False,
     device: Device = None,
     micro_batch: MicroBatch = None,
     strict: Strict = False,
@@ -125,21 +140,45 @@ def worker(
     """Serve one model on one engine until SIGTERM or Ctrl-C; finishes what it renders.
 
     Start one on each machine or device; all need the same database, broker and
-    picture store.
+    picture store. With --auto it loads another model where more work waits, one
+    at a time; no model that somebody wants waits for ever.
     """
-    from farm.catalog import Lane, load_catalog
+    from farm.catalog import load_catalog
     from farm.children import worker_command
-    from farm.engines import check_engine
+    from farm.engines import choose_lane, lanes_here
 
-    conf, lane = settings(), Lane(model, engine)
-    load_catalog(conf.catalog_path).weights(lane)
-    check_engine(engine)
+    conf = settings()
+    catalog = load_catalog(conf.catalog_path, conf.models_path)
     if importlib.util.find_spec("workers") is None:
         raise InvalidConfig("this installation has no worker: pip install renderfarm")
-    argv = worker_command(lane, _flags(device, micro_batch, strict, threads, memory_limit))
+    flags = _flags(device, micro_batch, strict, threads, memory_limit)
+    if auto:
+        _run_auto(conf, lanes_here(catalog, models or [], engine), flags)
+        return
+    if len(models or []) != 1:
+        raise Invalid("--model: give one, or --auto")
+    name = (models or [])[0]
+    argv = worker_command(choose_lane(catalog, f"{name}:{engine}" if engine else name), flags)
     env = os.environ | ({"FARM_HOME": str(conf.home.absolute())} if options.home else {})
     sys.stdout.flush()
     os.execve(sys.executable, argv, env)  # noqa: S606
+
+
+def _run_auto(conf: Settings, lanes: list[Lane], flags: WorkerFlags) -> None:
+    from farm.auto import AutoWorker
+
+    if not options.verbose and not options.quiet:
+        set_logging(conf.log_level)
+    stop = _stop_on_signals()
+    note(f"choosing from {', '.join(f'{model}:{engine}' for model, engine in lanes)}")
+    AutoWorker(conf, lanes, flags, say=note).run(stop)
+
+
+def _stop_on_signals() -> threading.Event:
+    stop = threading.Event()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *_: stop.set())
+    return stop
 
 
 def _flags(
@@ -168,9 +207,7 @@ def dispatcher() -> None:
     conf = settings()
     if not options.verbose and not options.quiet:
         set_logging(conf.log_level)
-    stop = threading.Event()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda *_: stop.set())
+    stop = _stop_on_signals()
     with Farm(conf) as farm:
         _await_schema(farm, stop)
         note("dispatching")
@@ -206,6 +243,7 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "farm worker --model shapes --engine diffusers",
             "farm worker --model sdxl-base --engine diffusers --device cuda:1 --micro-batch 8",
+            "farm worker --auto --device cuda:0",
         ),
     )(worker)
     app.command(rich_help_panel=_PANEL, epilog=examples("farm dispatcher", "farm -v dispatcher"))(

@@ -1,0 +1,83 @@
+"""What waits for each lane, and what is known of serving it: the figures of a worker's choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, func, select
+
+from farm.catalog import Lane
+from farm.pinning import Demand
+from farm.store.tables import batches, counts, now, sessions
+from farm.store.turns import claimable
+
+PICTURE_S, LOAD_S = 5.0, 60.0  # where nothing was measured yet
+
+
+@dataclass
+class _Known:
+    """Of a lane's sessions: the latest figures, when one last ended, how many live now."""
+
+    picture_s: float = PICTURE_S
+    load_s: float = LOAD_S
+    served_s: float | None = None  # ago
+    workers: int = 0
+
+
+def demands(
+    connection: Connection, lanes: Sequence[Lane], *, but: tuple[str, int] | None = None
+) -> list[Demand]:
+    """Of each lane; the worker `but`, given by host and process, is not counted among the others.
+
+    Each table is read once: the open batches' counters, and each lane's latest sessions.
+    """
+    query = (
+        select(
+            counts.c.model,
+            counts.c.asked_engine,
+            func.sum(counts.c.queued).label("queued"),
+            func.max(batches.c.priority).label("priority"),
+            (now() - func.min(batches.c.created_at)).label("waiting_s"),
+        )
+        .join(batches, counts.c.batch_id == batches.c.id)
+        .where(counts.c.queued > 0, claimable())
+        .group_by(counts.c.model, counts.c.asked_engine)
+    )
+    waiting = {(row.model, row.asked_engine): row for row in connection.execute(query)}
+    found = []
+    for lane in lanes:
+        mine = [waiting[key] for key in ((lane.model, ""), tuple(lane)) if key in waiting]
+        known = _known(connection, lane, but)
+        waited = max((row.waiting_s for row in mine), default=0.0)
+        if known.served_s is not None:
+            waited = min(waited, known.served_s)
+        found.append(
+            Demand(
+                lane=lane,
+                queued=sum(int(row.queued) for row in mine),
+                waiting_s=0.0 if known.workers else waited,
+                priority=max((row.priority for row in mine), default=0),
+                picture_s=known.picture_s,
+                load_s=known.load_s,
+                workers=known.workers,
+            )
+        )
+    return found
+
+
+def _known(connection: Connection, lane: Lane, but: tuple[str, int] | None) -> _Known:
+    known = _Known()
+    live = sessions.c.closed_at.is_(None) & (sessions.c.expires_at >= now())
+    query = (
+        select(sessions, live.label("live"), (now() - sessions.c.heartbeat_at).label("ago"))
+        .where(sessions.c.model == lane.model, sessions.c.engine == lane.engine)
+        .order_by(sessions.c.opened_at.desc())
+        .limit(64)
+    )
+    for row in reversed(connection.execute(query).all()):
+        known.picture_s = row.seconds_per_picture or known.picture_s
+        known.load_s = row.info.get("load_s") or known.load_s
+        known.served_s = row.ago if known.served_s is None else min(known.served_s, row.ago)
+        known.workers += bool(row.live) and (row.host, row.pid) != but
+    return known
