@@ -15,9 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict
 
-from farm.errors import InvalidPromptFile, KeyReused, RowError, SubmitInProgress
+from farm.errors import InvalidPromptFile, KeyReused, QuotaExceeded, RowError, SubmitInProgress
 from farm.spec import FIELDS, NewJob
-from farm.store import batches, intake, jobs
+from farm.store import batches, intake, jobs, owners
 from farm.store.batches import Made, Once
 from farm.store.db import Database
 
@@ -49,6 +49,9 @@ class Plan:
     once: Once | None = None
     takeover_s: float = 10.0
     eager: bool = False
+    reuse: bool = True  # link the pictures that were rendered before
+    after: str | None = None  # a batch that must be done with first
+    expires_s: float | None = None  # what has not begun by then is cancelled
     settle: Callable[[], None] = _nothing
     started: Callable[[], None] = _nothing
     progress: Callable[[int], None] = _nothing
@@ -63,6 +66,9 @@ class Options(TypedDict, total=False):
     out, each told to `left_out`. `once`: do it once however often it is asked for; a submit that
     was interrupted is gone on with after `takeover_s` seconds of silence. `resumed`: called with
     the jobs that an earlier submit had queued. `progress`: with all that are queued so far.
+    `reuse`: a job whose picture was rendered before is linked to it (the default).
+    `after`: the id of a batch that must be done with first, however it ends. `expires_s`: jobs that
+    have not begun so many seconds from now are cancelled.
     `files`: rows may name files of this machine. The others are fields of JobSpec, which every row
     inherits.
     """
@@ -72,6 +78,9 @@ class Options(TypedDict, total=False):
     owner: str
     priority: int
     eager: bool
+    reuse: bool
+    after: str | None
+    expires_s: float | None
     once: Once | None
     takeover_s: float
     progress: Callable[[int], None]
@@ -136,7 +145,7 @@ class _Submit:
                 for chunk in _chunks(good, self._plan.eager):
                     self._insert(chunk)
                 self._finish()
-        except InvalidPromptFile:
+        except (InvalidPromptFile, QuotaExceeded):
             self._remove()
             raise
         except BaseException:
@@ -192,6 +201,7 @@ class _Submit:
         self._digest.update(_texts(chunk))
         first = not told.batch_id
         with self._db.write() as connection:
+            owners.check_queued(connection, plan.owner, len(chunk))
             if first:
                 self._shared = chunk[0].shape.spec.model_dump(mode="json", include=_SHARED)
                 batch_id = batches.create(
@@ -202,6 +212,9 @@ class _Submit:
                     priority=plan.priority,
                     once=plan.once,
                     ready=plan.eager,
+                    reuse=plan.reuse,
+                    after=plan.after,
+                    expires_s=plan.expires_s,
                 )
             else:
                 batch_id = told.batch_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import select
 
@@ -37,14 +38,17 @@ class Kit:
         schema.upgrade(db)
         return cls(db)
 
-    def batch(self, *specs: JobSpec, priority: int = 0, ready: bool = True) -> str:
+    def batch(
+        self, *specs: JobSpec, priority: int = 0, ready: bool = True, owner: str = "", **about: Any
+    ) -> str:
         shared = {
             k: v
             for k, v in specs[0].model_dump(mode="json").items()
             if k not in ("prompt", "seed", "engine")
         }
         with self.db.write() as connection:
-            batch_id = batches.create(connection, shared, name="", owner="", priority=priority)
+            who: dict[str, Any] = {"name": "", "owner": owner, "priority": priority, **about}
+            batch_id = batches.create(connection, shared, **who)
             intake.insert(connection, batch_id, 0, [NewJob.of(s) for s in specs], shared)
             if ready:
                 batches.release(connection, batch_id, len(specs))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, and_, delete, or_, update
+from sqlalchemy import Connection, and_, delete, or_
 from sqlalchemy.dialects import postgresql, sqlite
 
 from farm.store.tables import leases, now
@@ -10,14 +10,12 @@ from farm.store.tables import leases, now
 
 def take(connection: Connection, name: str, holder: str, ttl_s: float) -> bool:
     """Hold the lease for `ttl_s` seconds from now, or on; False: another one holds it."""
-    values = {"holder": holder, "expires_at": now() + ttl_s}
-    free = or_(leases.c.holder == holder, leases.c.expires_at < now())
-    renew = update(leases).where(leases.c.name == name, free).values(values)
-    if connection.execute(renew).rowcount:
-        return True
     dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-    first = dialect.insert(leases).values(name=name, **values).on_conflict_do_nothing()
-    return bool(connection.execute(first).rowcount)
+    values = {"holder": holder, "expires_at": now() + ttl_s}
+    insert = dialect.insert(leases).values(name=name, **values)
+    free = or_(leases.c.holder == holder, leases.c.expires_at < now())
+    taken = insert.on_conflict_do_update(index_elements=[leases.c.name], set_=values, where=free)
+    return connection.execute(taken.returning(leases.c.name)).first() is not None
 
 
 def give_up(connection: Connection, name: str, holder: str) -> None:
