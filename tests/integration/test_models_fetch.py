@@ -307,7 +307,7 @@ def test_a_lora_is_added_by_its_own_options(farm: Farm, home: Path, tmp_path: Pa
         (["--lora", "--for", "tiny", "-e", "diffusers", *file], "leave out --engine"),
         (["--lora", "--for", "tiny", "--family", "sd1", *file], "no --family"),
         (["--lora", "--for", "tiny", "--path", "a.pt"], "pickled"),
-        (["--lora", "--for", "tni", *file], "no model tni"),
+        (["--lora", "--for", "tni", *file], "no model 'tni'"),
         (file, "--engine"),
     ):
         ran = farm("models", "add", "a", *bad)
