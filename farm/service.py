@@ -53,6 +53,7 @@ if TYPE_CHECKING:  # looking at batches needs no Celery, which is slow to import
     from farm.broker import Broker
 
 log = logging.getLogger(__name__)
+JOBS_PAGE = 500
 
 
 class Farm:
@@ -285,15 +286,26 @@ class Farm:
         with self.db.read() as connection:
             return reads.history(connection, ref)
 
-    def jobs(self, batch_id: str, states: Sequence[str] = ()) -> Iterator[Job]:
-        """All jobs of a batch in order, page by page."""
-        after = -1
+    def jobs(
+        self,
+        batch_id: str,
+        states: Sequence[str] = (),
+        *,
+        code: str | None = None,
+        within_s: float | None = None,
+        after: int = -1,
+    ) -> Iterator[Job]:
+        """The jobs of a batch in order, page by page; see `reads.page` for what they are chosen by.
+
+        `after`: begin behind this place.
+        """
+        chosen: Any = {"states": states, "code": code, "within_s": within_s}
         while True:
             with self.db.read() as connection:
-                page = reads.page(connection, batch_id, states=states, after=after)
-            if not page:
-                return
+                page = reads.page(connection, batch_id, **chosen, after=after, limit=JOBS_PAGE)
             yield from page
+            if len(page) < JOBS_PAGE:
+                return
             after = page[-1].idx
 
     def watch(self, batch_id: str, poll_s: float = 0.5) -> Iterator[BatchStatus]:

@@ -1,15 +1,26 @@
-"""Sizes as people write them."""
+"""Sizes and times as people write them."""
 
 from __future__ import annotations
 
 import math
 import re
 
-from farm.errors import InvalidConfig
+from farm.errors import InvalidConfig, InvalidParameter
 
 GB = 10**9
 _LETTERS = " KMGT"
 _SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?([{_LETTERS}]?)(I?)B", re.IGNORECASE)
+
+_TIME = re.compile(r"(\d{1,9}(?:\.\d{1,3})?) ?(s|min|m|h|d|w)")
+_SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a time such as 90s, 15min (15m), 12h, 30d or 2w. Raises InvalidParameter."""
+    match = _TIME.fullmatch(text.strip().lower())
+    if not match:
+        raise InvalidParameter(f"{text[:40]!r} is no time; such as 90s, 15min, 12h, 30d or 2w")
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def parse_size(text: str) -> int:

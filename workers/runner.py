@@ -41,6 +41,7 @@ from workers.messages import (
     TooLarge,
 )
 from workers.recorder import Recorder
+from workers.reuse import Reuse
 
 log = logging.getLogger(__name__)
 MOST_CRASHES = 3  # of the engine in a row, without a picture between
@@ -85,6 +86,7 @@ class Runner:
             self._db, self._settings, self._drop, self._claims.forget, self._claims.count
         )
         self._keeper = Keeper(self._blobs, origin, self._recorder)
+        self._reuse = Reuse(self._db, origin, self._claims.forget)
         self._heart = Heart(
             self._db,
             self.lane,
@@ -119,11 +121,17 @@ class Runner:
         self._give_back(bundle, SHUTDOWN)
 
     def _next_bundle(self) -> list[Claim]:
-        if self._stopping.is_set():
-            return []
+        """The next jobs to render; those whose pictures are there are linked on the way."""
         most = self._settings.bundle_max
-        size = dispatch.bundle_size(self._speed, self._settings.bundle_seconds, most)
-        return self._claims.next(min(max(size, self._lessons.cap), most))
+        while not self._stopping.is_set():
+            size = dispatch.bundle_size(self._speed, self._settings.bundle_seconds, most)
+            size = min(max(size, self._lessons.cap), most)
+            bundle = self._claims.next(self._reuse.size(size))
+            left = self._reuse.link(bundle)
+            self._give_back(left[size:], "its worker had taken more than it renders at once")
+            if left or not bundle:
+                return left[:size]
+        return []
 
     def _claim_and_ring(self) -> list[Claim]:
         """The next bundle; the bell is rung beside it, for a broker may take its time."""

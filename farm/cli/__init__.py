@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from farm.cli import admin, look, manage, models, results, run, serve, submit
+from farm.cli import admin, jobs, look, manage, models, owners, prune, results, run, serve, submit
 from farm.cli.context import examples, options, use
 from farm.cli.output import clean, print_json, print_row_errors
 from farm.errors import EnvironmentFault, FarmError, Invalid
@@ -33,7 +33,7 @@ app = typer.Typer(
         "farm status latest",
     ),
 )
-for room in (submit, look, results, manage, run, serve, models, admin):
+for room in (submit, look, jobs, results, manage, prune, run, serve, models, owners, admin):
     room.register(app)
 
 

@@ -68,8 +68,12 @@ def _state(batch: BatchStatus) -> str:
         return "arriving"
     if batch.done:
         return "done"
+    if batch.cancelled:
+        return "cancelling"
     if batch.paused:
         return "paused"
+    if batch.waits:
+        return "waiting"
     return "running" if batch.counts["running"] else "queued"
 
 
@@ -95,7 +99,7 @@ def _show_batch(farm: Farm, batch: BatchStatus, as_json: bool) -> None:
     counts = ", ".join(f"{n:,} {state}" for state, n in batch.counts.items() if n)
     done = batch.total - batch.open
     share = f"{done * 100 // batch.total} %" if batch.total else "-"
-    working = batch.open and not batch.paused
+    working = batch.open and not batch.paused and not batch.waits
     print_fields(
         (
             ("batch", batch.id),
@@ -103,6 +107,8 @@ def _show_batch(farm: Farm, batch: BatchStatus, as_json: bool) -> None:
             ("owner", batch.owner),
             ("priority", batch.priority or None),
             ("state", _state(batch)),
+            ("after", f"batch {batch.after}" if batch.after else None),
+            ("expires", moment(batch.expires_at) if batch.expires_at else None),
             ("jobs", f"{batch.total:,}: {counts}" if counts else f"{batch.total:,}"),
             ("models", ", ".join(batch.by_model) if len(batch.by_model) > 1 else None),
             ("progress", f"{share} ({done:,} of {batch.total:,})"),
@@ -120,6 +126,8 @@ def _show_batch(farm: Farm, batch: BatchStatus, as_json: bool) -> None:
 def _batch_hints(farm: Farm, batch: BatchStatus, failures: dict[str, int]) -> None:
     if batch.paused and batch.open:
         hint(f"paused; go on: farm resume {batch.id}")
+    elif batch.waits and batch.open:
+        hint(f"it begins when batch {batch.after} is done; next: farm watch {batch.after}")
     elif batch.open:
         tell_unserved(farm, list(batch.by_model))
         for worker in farm.workers():
@@ -162,6 +170,7 @@ def _show_job(farm: Farm, job: Job, as_json: bool) -> None:
             ("finished", moment(job.finished_at) if job.finished_at else None),
             ("render time", duration(job.render_s) if job.render_s else None),
             ("picture", job.object_key),
+            ("the same as", f"job {job.rendered_for}'s" if job.rendered_for else None),
             ("bytes", job.size_bytes),
             ("sha256", job.sha256),
             ("fingerprint", job.fingerprint),

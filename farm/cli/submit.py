@@ -153,6 +153,14 @@ def submit(
             help="Render while the rest is read; bad rows are told and left out.",
         ),
     ] = False,
+    no_reuse: Annotated[
+        bool,
+        typer.Option(
+            "--no-reuse",
+            rich_help_panel=_BATCH,
+            help="Render also what was rendered before; else its picture is linked.",
+        ),
+    ] = False,
     key: Annotated[
         str | None,
         typer.Option(
@@ -189,6 +197,7 @@ def submit(
         "format": str(output_format) if output_format else None,
     }
     about: dict[str, Any] = {"n": n, "name": name, "owner": owner, "priority": priority}
+    about["reuse"] = not no_reuse
     source = Source(prompts or [], file, form and str(form), columns or [])
     if lists or count is not None:
         source.template(lists or [], str(pick), count, params)

@@ -10,12 +10,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, update
+from sqlalchemy import Connection, select, update
 
 from farm.spec import NewJob, Shape
 from farm.states import JobState
 from farm.store.jobs import Pool, counter_of
-from farm.store.tables import counts
+from farm.store.tables import batch_inputs, counts
 
 COLUMNS = (
     "batch_id", "idx", "model", "asked_engine", "key", "prompt", "negative_prompt", "seed",
@@ -44,6 +44,7 @@ def insert(
     else:
         driver.executemany(_INSERT, rows)
     _count(connection, batch_id, chunk)
+    _keep_inputs(connection, batch_id, chunk)
 
 
 def _rows(
@@ -102,3 +103,16 @@ def _count(connection: Connection, batch_id: str, chunk: Sequence[NewJob]) -> No
         if not connection.execute(more).rowcount:
             names = dict(zip(("batch_id", "model", "asked_engine"), pool, strict=True))
             connection.execute(counts.insert().values({**names, JobState.QUEUED: n}))
+
+
+def _keep_inputs(connection: Connection, batch_id: str, chunk: Sequence[NewJob]) -> None:
+    """Note which input pictures the jobs name, so that none is pruned before them."""
+    specs = [shape.spec for shape in {id(job.shape): job.shape for job in chunk}.values()]
+    keys = sorted({key for spec in specs for key in (spec.init_image, spec.mask_image) if key})
+    named = select(batch_inputs.c.key).where(batch_inputs.c.batch_id == batch_id)
+    for start in range(0, len(keys), 1000):
+        some = keys[start : start + 1000]
+        known = set(connection.scalars(named.where(batch_inputs.c.key.in_(some))))
+        new = [{"batch_id": batch_id, "key": key} for key in some if key not in known]
+        if new:
+            connection.execute(batch_inputs.insert(), new)

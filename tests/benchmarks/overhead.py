@@ -40,7 +40,7 @@ def overhead(home: Path, pictures: int, rounds: int) -> list[tuple[str, str, str
 
 
 def _farm_run(farm: Farm, wanted: list[str], *, from_submit: bool = False) -> float:
-    batch = farm.submit(wanted, seed=1, model=LANE.model)
+    batch = farm.submit(wanted, seed=1, model=LANE.model, reuse=False)
     *_, status = farm.watch(batch.id, poll_s=0.02 if from_submit else 0.2)
     assert status.counts["succeeded"] == len(wanted)
     assert status.finished_at

@@ -85,6 +85,6 @@ def test_kill_during_a_real_render(kit: FarmKit, victim: str) -> None:
     status = kit.farm.wait(batch.id, 180)
     assert status.counts["succeeded"] == 24
     kit.assert_whole(batch.id, orphans=victim == "worker")
-    again = kit.farm.wait(kit.farm.submit(prompts).id, 180)
+    again = kit.farm.wait(kit.farm.submit(prompts, reuse=False).id, 180)
     first, second = ([j.sha256 for j in kit.farm.pictures(b)] for b in (batch.id, again.id))
     assert first == second, "in strict mode a retried picture has the same bytes"

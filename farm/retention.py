@@ -1,0 +1,167 @@
+"""How long things are kept: old batches with their pictures, and objects that nothing names.
+
+Rows go in short transactions, their objects right after them; what a kill leaves between the two is
+noted in SQL and taken up by the next prune. A picture that other batches share goes with the last
+of them. An input picture goes when no batch names it and it was not written of late: a submit that
+is under way may count on it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+from farm.blobs import BlobStat, BlobStore
+from farm.errors import Invalid, InvalidParameter
+from farm.store import prune as store
+from farm.store.db import Database
+
+STEP = 1_000  # jobs in one transaction, and objects in one delete (S3's own limit)
+SAFE_S = 86_400.0  # objects that nothing names are left alone for so long
+LEAST_SAFE_S = 3_600.0
+_INPUTS = "inputs/"
+
+
+@dataclass
+class Pruned:
+    """What was taken away, or would be; `bytes` of the objects whose size is known.
+
+    `kept`: batches that are not done, and were left as they are.
+    """
+
+    batches: int = 0
+    jobs: int = 0
+    objects: int = 0
+    bytes: int = 0
+    kept: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+Progress = Callable[[Pruned], None]
+
+
+def _silent(so_far: Pruned) -> None:
+    pass
+
+
+def old_batches(db: Database, older_than_s: float) -> list[str]:
+    """The batches that ended longer ago than that, the oldest first."""
+    with db.read() as connection:
+        return store.finished(connection, older_than_s)
+
+
+def prune(
+    db: Database, blobs: BlobStore, batch_ids: Iterable[str], progress: Progress = _silent
+) -> Pruned:
+    """Remove batches that are done, and the objects that no other batch names.
+
+    Can be stopped at any point and called again. Raises DatabaseUnavailable, StorageUnavailable.
+    """
+    told = Pruned()
+    _sweep(db, blobs, told)
+    for batch_id in batch_ids:
+        step = store.Step()
+        while not (step.ended or step.kept):
+            with db.write() as connection:
+                step = store.step(connection, batch_id, STEP)
+            told.jobs += step.jobs
+            _sweep(db, blobs, told)
+            progress(told)
+        told.batches += step.ended
+        told.kept += step.kept
+    return told
+
+
+def would_prune(db: Database, batch_ids: Iterable[str], progress: Progress = _silent) -> Pruned:
+    """What `prune` would remove; pictures that other batches share are counted too."""
+    told = Pruned()
+    for batch_id in batch_ids:
+        with db.read() as connection:
+            if not store.is_done(connection, batch_id):
+                told.kept += 1
+                continue
+            size = store.size(connection, batch_id)
+        told.batches += 1
+        told.jobs += size.jobs
+        told.objects += size.pictures
+        told.bytes += size.bytes
+        progress(told)
+    return told
+
+
+def prune_orphans(
+    db: Database,
+    blobs: BlobStore,
+    *,
+    older_than_s: float = SAFE_S,
+    dry_run: bool = False,
+    progress: Progress = _silent,
+) -> Pruned:
+    """Delete pictures and input pictures that nothing names, written `older_than_s` ago or more.
+
+    Objects under other keys are left alone. Raises InvalidParameter for less than an hour, and
+    Invalid when the database holds no batch at all, as the wrong one would.
+    """
+    if older_than_s < LEAST_SAFE_S:
+        raise InvalidParameter("objects younger than an hour may be in use: give 1h or more")
+    with db.read() as connection:
+        if store.is_empty(connection):
+            raise Invalid(
+                f"{db.shown} holds no batch, so it would name every object an orphan; is it the "
+                "database of this blob store?"
+            )
+    told, oldest = Pruned(), time.time() - older_than_s
+    if not dry_run:
+        _sweep(db, blobs, told)
+    for prefix in ("pictures/", _INPUTS):
+        for some in _chunks(blobs.list(prefix)):
+            sizes = {one.key: one.size for one in some if one.modified < oldest}
+            orphans = _unnamed(db, list(sizes))
+            if not dry_run:
+                blobs.delete(orphans)
+            told.objects += len(orphans)
+            told.bytes += sum(sizes[key] for key in orphans)
+            progress(told)
+    return told
+
+
+def _chunks(listing: Iterator[BlobStat]) -> Iterator[list[BlobStat]]:
+    while some := list(islice(listing, STEP)):
+        yield some
+
+
+def _unnamed(db: Database, keys: list[str]) -> list[str]:
+    with db.read() as connection:
+        if keys and keys[0].startswith(_INPUTS):
+            named = store.named_inputs(connection, keys)
+        else:
+            named = store.named_pictures(connection, keys)
+    return [key for key in keys if key not in named]
+
+
+def _sweep(db: Database, blobs: BlobStore, told: Pruned) -> None:
+    """Delete the objects whose rows are gone."""
+    while True:
+        with db.read() as connection:
+            sizes = store.dropped(connection, STEP)
+        if not sizes:
+            return
+        pictures = [key for key in sizes if not key.startswith(_INPUTS)]
+        inputs = _old_inputs(db, blobs, [key for key in sizes if key.startswith(_INPUTS)])
+        blobs.delete([*pictures, *inputs])
+        with db.write() as connection:
+            store.settle_dropped(connection, sizes)
+        told.objects += len(pictures) + len(inputs)
+        told.bytes += sum(sizes[key] or 0 for key in pictures) + sum(inputs.values())
+
+
+def _old_inputs(db: Database, blobs: BlobStore, keys: list[str]) -> dict[str, int]:
+    """Those that may go, with their bytes; the others are found as orphans later."""
+    oldest = time.time() - SAFE_S
+    found = (blobs.stat(key) for key in _unnamed(db, keys))
+    return {one.key: one.size for one in found if one and one.modified < oldest}
