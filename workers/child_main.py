@@ -38,6 +38,7 @@ from farm.errors import (
     by_code,
 )
 from farm.spec import JobSpec
+from farm.units import show_size
 from workers.engine import Engine, EngineConfig, EngineInfo, Pixels, create, said
 from workers.ladder import Ladder, check_need
 from workers.messages import (
@@ -94,6 +95,13 @@ def _settle_in(lifeline: Connection, log: Path | None) -> None:
         fcntl.fcntl(lifeline.fileno(), fcntl.F_SETFL, flags | os.O_ASYNC)
 
 
+def _limit(config: EngineConfig, error: Exception) -> str:
+    """What to do about a lack of memory while a model is loaded."""
+    if config.memory_limit is None or not isinstance(error, MemoryError):
+        return ""
+    return f"; it does not load within --memory-limit {show_size(config.memory_limit)}: raise it"
+
+
 def _load(config: EngineConfig, outbox: Outbox) -> tuple[Engine, EngineInfo]:
     """The engine, loaded; a failure is sent, and ends the process."""
     try:
@@ -106,7 +114,7 @@ def _load(config: EngineConfig, outbox: Outbox) -> tuple[Engine, EngineInfo]:
         failure: FarmError = error
     except Exception as error:
         traceback.print_exc()
-        failure = ModelNotLoaded(f"model {config.model}: {said(error)}")
+        failure = ModelNotLoaded(f"model {config.model}: {said(error)}{_limit(config, error)}")
     outbox.give_up(failure)
 
 
