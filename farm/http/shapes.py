@@ -17,6 +17,7 @@ BATCH: dict[str, Any] = {
     "by_model": {"shapes": {"queued": 4, "running": 1, "succeeded": 3, "failed": 0,
                             "cancelled": 0}},
     "started_at": 1795219201.0, "finished_at": None, "rate": 2.5, "eta_s": 2.0,
+    "cancelled": False, "after": None, "waits": False, "expires_at": None,
 }  # fmt: skip
 
 
@@ -82,6 +83,10 @@ class Batch(BaseModel):
     finished_at: float | None
     rate: float | None
     eta_s: float | None
+    cancelled: bool = Field(description="a person wants no job of it any more")
+    after: str | None = Field(description="the batch that it comes after")
+    waits: bool = Field(description="whether that one is still under way")
+    expires_at: float | None = Field(description="what has not begun by then is cancelled")
     done: bool
 
 

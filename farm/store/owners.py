@@ -9,8 +9,8 @@ from sqlalchemy import Connection, delete, func, literal, or_, select
 
 from farm.errors import QuotaExceeded
 from farm.store.tables import batches, counts, owners
-from farm.store.turns import ALL
 
+ALL = "*"  # the owner whose limits stand for all who have none of their own
 _RUNNING = "farm.running"  # names of advisory locks
 _QUEUED = "farm.queued"
 

@@ -23,6 +23,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 
 from farm.catalog import Lane
+from farm.store.owners import ALL
 from farm.store.tables import (
     POOL_ORDER,
     batches,
@@ -35,8 +36,6 @@ from farm.store.tables import (
     owners,
     turns,
 )
-
-ALL = "*"  # the owner whose limits stand for all who have none of their own
 
 
 def claimable() -> ColumnElement[bool]:
