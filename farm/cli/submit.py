@@ -13,6 +13,7 @@ from farm.cli.context import Json, examples, open_farm
 from farm.cli.follow import download, follow, summary, tell_unserved
 from farm.cli.output import hint, note, plural, print_json, print_line
 from farm.cli.sources import Source, show_preview
+from farm.units import parse_duration
 
 if TYPE_CHECKING:
     from farm.service import Farm
@@ -153,6 +154,18 @@ def submit(
             help="Render while the rest is read; bad rows are told and left out.",
         ),
     ] = False,
+    after: Annotated[
+        str | None,
+        typer.Option(metavar="BATCH", rich_help_panel=_BATCH, help="Begin when that one is done."),
+    ] = None,
+    expires: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AGE",
+            rich_help_panel=_BATCH,
+            help="Cancel what has not begun by then, such as 12h or 2d from now.",
+        ),
+    ] = None,
     no_reuse: Annotated[
         bool,
         typer.Option(
@@ -197,13 +210,14 @@ def submit(
         "format": str(output_format) if output_format else None,
     }
     about: dict[str, Any] = {"n": n, "name": name, "owner": owner, "priority": priority}
-    about["reuse"] = not no_reuse
+    about |= {"reuse": not no_reuse, "expires_s": parse_duration(expires) if expires else None}
     source = Source(prompts or [], file, form and str(form), columns or [])
     if lists or count is not None:
         source.template(lists or [], str(pick), count, params)
     if out is not None and not dry_run:
         out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is said at once
     with open_farm() as farm:
+        about["after"] = farm.find(after) if after else None
         if dry_run:
             show_preview(source.preview(farm, params | about), as_json)
             return
