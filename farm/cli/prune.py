@@ -92,8 +92,12 @@ def _orphans(farm: Farm, age: float | None, dry_run: bool, yes: bool) -> Pruned:
 
 
 def _ask(question: str, yes: bool) -> None:
-    if not yes and sys.stdin.isatty() and sys.stderr.isatty():
+    if not yes and _on_a_terminal():
         typer.confirm(question, abort=True, err=True)
+
+
+def _on_a_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 @contextlib.contextmanager

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from sqlalchemy import Select, String, cast, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from farm.store import batches, intake, jobs, reads
+from farm.store import batches, intake, jobs, prune, reads, reuse
 from farm.store.tables import counts
 from farm.store.tables import jobs as jobs_table
 from tests.store_kit import Kit, spec
@@ -125,6 +125,11 @@ def _walked(connection: Any, query: Select[Any]) -> int:
         plan = connection.exec_driver_sql(f"EXPLAIN (ANALYZE, FORMAT JSON) {sql}").scalar()
         return _rows(plan[0]["Plan"])
     sql = query.compile(dialect=sqlite.dialect(), compile_kwargs=literal)
+    return _steps(connection, lambda: connection.exec_driver_sql(str(sql)).all())
+
+
+def _steps(connection: Any, do: Callable[[], Any]) -> int:
+    """How many hundreds of instructions SQLite carries out for it; 100 rows passed over take 10."""
     steps = 0
 
     def count() -> int:
@@ -133,10 +138,10 @@ def _walked(connection: Any, query: Select[Any]) -> int:
         return 0
 
     driver = connection.connection.driver_connection
-    driver.set_progress_handler(count, 100)  # called each 100 instructions
-    connection.exec_driver_sql(str(sql)).all()
+    driver.set_progress_handler(count, 100)
+    do()
     driver.set_progress_handler(None, 0)
-    return steps  # about 100 instructions a row that is returned, 10 a row that is passed over
+    return steps
 
 
 def _rows(plan: dict[str, Any]) -> int:
@@ -155,6 +160,28 @@ def test_those_that_ended_of_late(kit: Kit, batch_id: str) -> None:
         assert [job.idx for job in page] == [failed[3]]
         page = reads.page(connection, batch_id, states=["failed"], within_s=7200)
         assert [job.idx for job in page] == failed
+
+
+def test_fingerprints_and_keys_are_looked_up_in_their_indexes(kit: Kit, batch_id: str) -> None:
+    """Neither reuse nor pruning reads the table, however many rows it has."""
+    keys = [f"pictures/{batch_id}/{idx:07d}-1.png" for idx in range(50)]
+    marks = [str(idx) for idx in range(0, 60, 2)]
+
+    def look() -> None:
+        found = reuse.rendered(connection, batch_id, marks)
+        assert {mark: ref.idx for mark, ref in found.items()} == {
+            mark: int(mark) for mark in marks if _state(int(mark)) == "succeeded"
+        }
+        assert prune.named_pictures(connection, keys) == set()
+
+    with kit.db.read() as connection:
+        if connection.dialect.name == "postgresql":
+            scans = "SELECT seq_scan FROM pg_stat_xact_user_tables WHERE relname = 'jobs'"
+            before = connection.exec_driver_sql(scans).scalar()
+            look()
+            assert connection.exec_driver_sql(scans).scalar() == before
+        else:
+            assert _steps(connection, look) < 500
 
 
 def test_a_linked_job_tells_whose_picture_it_has() -> None:
