@@ -55,6 +55,13 @@ def test_daily_commands_and_python(tmp_path: Path, env: dict[str, str], up: None
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
     assert len(list((tmp_path / "pictures" / "tonight").glob("*.png"))) == 8
     assert (tmp_path / "tonight.png").stat().st_size > 1000
+    done = subprocess.run(
+        ["bash", "-euxc", block("many")], cwd=tmp_path, env=env, capture_output=True, text=True,
+        timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "200 jobs: 200 of shapes" in done.stdout
+    assert "queued 200 jobs" in done.stderr
     python = tmp_path / "python"
     python.mkdir()
     done = subprocess.run(
