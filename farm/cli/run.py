@@ -198,8 +198,8 @@ def _flags(
 def dispatcher() -> None:
     """Hand out work: rings workers, takes back what lost ones held. `farm up` includes it.
 
-    One is enough; several do no harm. It waits while the database or the broker
-    is away.
+    One is enough; of several one leads, and another takes over when it falls silent.
+    It waits while the database or the broker is away.
     """
     from farm.dispatcher import run_dispatcher
     from farm.service import Farm

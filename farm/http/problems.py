@@ -22,6 +22,7 @@ from farm.errors import (
     InvalidConfig,
     InvalidPromptFile,
     NotFound,
+    QuotaExceeded,
     RowError,
     SubmitInProgress,
 )
@@ -39,6 +40,7 @@ _EXAMPLES = {
     413: ("ERR_TOO_LARGE", "the body is larger than 1,073,741,824 bytes"),
     415: ("ERR_MEDIA_TYPE", "the body's type is none of application/json, text/csv"),
     422: (InvalidPromptFile.code, "1 thing is wrong; nothing was queued"),
+    429: (QuotaExceeded.code, QuotaExceeded().message),
     500: (FarmError.code, "this is a fault of the farm; its log says more"),
     503: ("ERR_DATABASE_UNAVAILABLE", "The database does not answer."),
 }
@@ -120,6 +122,8 @@ def status_of(error: FarmError) -> int:
         return 404
     if isinstance(error, SubmitInProgress):
         return 409
+    if isinstance(error, QuotaExceeded):
+        return 429
     if isinstance(error, EnvironmentFault | InvalidConfig):  # the server's, not the client's
         return 503
     return 422 if isinstance(error, Invalid) else 500
@@ -138,7 +142,8 @@ def _farm_error(request: Request, error: Exception) -> Response:
     if status >= 500:
         log.error("%s %s: %s", request.method, request.url.path, error.message)
     rows = [vars(row) for row in getattr(error, "errors", [])]
-    wait = {409: {"Retry-After": "2"}, 503: {"Retry-After": "5"}}.get(status)
+    seconds = {409: "2", 429: "60", 503: "5"}.get(status)
+    wait = {"Retry-After": seconds} if seconds else None
     return problem(request, status, error.code, shown(error), errors=rows, headers=wait)
 
 

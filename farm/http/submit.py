@@ -139,7 +139,7 @@ _BODY = {
     response_model=shapes.Batch,
     responses={
         200: {"description": "What an earlier request with this key made", "model": shapes.Batch},
-        **documented(400, 401, 403, 408, 409, 413, 415, 422),
+        **documented(400, 401, 403, 408, 409, 413, 415, 422, 429),
     },
     openapi_extra={"requestBody": _BODY},
 )

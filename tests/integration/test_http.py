@@ -17,7 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from farm.errors import OutOfMemory
-from farm.store import jobs
+from farm.store import jobs, owners
 from tests.http_kit import SHAPES, HttpKit, png, serving
 from tests.store_kit import Kit
 
@@ -320,3 +320,13 @@ def test_a_picture_on_s3_is_a_link(
         path = f"/v1/jobs/{batch}/0/picture"
         assert kit.http.get(path).status_code == 307
         assert kit.http.get(path, follow_redirects=True).content == png(0)
+
+
+def test_a_submit_over_its_owners_limit_is_asked_to_wait(kit: HttpKit) -> None:
+    with kit.farm.db.write() as connection:
+        owners.set_limits(connection, "alice", owners.Limits(max_queued=2))
+    body = {"prompts": ["a", "b", "c"], "owner": "alice"}
+    answer = kit.http.post("/v1/batches", json=body)
+    assert "may have 2 jobs queued" in problem(answer, 429, "ERR_QUOTA_EXCEEDED")["detail"]
+    assert answer.headers["retry-after"] == "60"
+    assert kit.farm.batches() == []
