@@ -142,14 +142,24 @@ class FarmClient:
     def job(self, ref: JobRef | str) -> Job:
         return _job(self._ask("GET", f"/v1/jobs/{ref}").json())
 
-    def jobs(self, batch_id: str, states: Sequence[str] = ()) -> Iterator[Job]:
-        """All jobs of a batch in order, page by page."""
-        after: int | None = -1
-        while after is not None:
-            query = {"state": [str(state) for state in states], "after": after, "limit": 500}
-            page = self._ask("GET", f"/v1/batches/{batch_id}/jobs", params=query).json()
+    def jobs(
+        self,
+        batch_id: str,
+        states: Sequence[str] = (),
+        *,
+        code: str | None = None,
+        within_s: float | None = None,
+        after: int = -1,
+    ) -> Iterator[Job]:
+        """As Farm.jobs."""
+        given = {"state": [str(state) for state in states], "code": code, "within": within_s}
+        query = {name: value for name, value in given.items() if value is not None}
+        following: int | None = after
+        while following is not None:
+            asked = query | {"after": following, "limit": 500}
+            page = self._ask("GET", f"/v1/batches/{batch_id}/jobs", params=asked).json()
             yield from (_job(row) for row in page["jobs"])
-            after = page["next"]
+            following = page["next"]
 
     def watch(self, batch_id: str) -> Iterator[BatchStatus]:
         """The batch's status now and at each change, the last time when it is done."""

@@ -20,7 +20,6 @@ from farm.store import reads
 from farm.store.batches import BatchStatus
 from farm.store.reads import Job
 
-BATCH_ID = r"^[0-9a-hjkmnp-tv-z]{16}$"
 MAX_WAIT_S = 60
 JSONL = "application/jsonl"
 _PAGE = 500
@@ -30,7 +29,7 @@ _CACHE = "private, no-cache"  # keep it, and ask each time whether it is still r
 T = TypeVar("T")
 
 router = APIRouter(prefix="/v1/batches", tags=["batches"])
-BatchId = Annotated[str, Path(alias="batch", pattern=BATCH_ID, examples=[shapes.BATCH["id"]])]
+BatchId = Annotated[str, Path(alias="batch", pattern=shapes.BATCH_ID, examples=[shapes.BATCH["id"]])]
 Wait = Annotated[
     float, Query(ge=0, le=MAX_WAIT_S, description="seconds to wait for a change; see below")
 ]
@@ -86,7 +85,7 @@ def list_batches(
     who: Reader,
     here: Here,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    before: Annotated[str | None, Query(pattern=BATCH_ID, description="a page's `next`")] = None,
+    before: Annotated[str | None, Query(pattern=shapes.BATCH_ID, description="a page's `next`")] = None,
     owner: Annotated[shapes.Label | None, Query()] = None,
 ) -> Response:
     """The newest batches first."""
@@ -155,6 +154,7 @@ async def events(
 
 States = Annotated[list[JobState], Query(alias="state", max_length=5)]
 After = Annotated[int, Query(ge=-1, le=999_999_999, description="a page's `next`")]
+Code = Annotated[str | None, Query(pattern=r"^ERR_[A-Z_]{1,36}$", description="of its error")]
 
 
 @router.get("/{batch}/jobs", response_model=shapes.Jobs, responses=LOOK)
@@ -163,13 +163,16 @@ def jobs(
     batch_id: Visible,
     here: Here,
     state: States = [],  # noqa: B006
+    code: Code = None,
+    within: Annotated[float | None, Query(ge=0, le=1e9, description="ended s ago or less")] = None,
     after: After = -1,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> Response:
-    """The batch's jobs in order, those of some states if asked."""
+    """The batch's jobs in order, those of some states, of an error or ended of late if asked."""
     here.farm.status(batch_id)  # NotFound
+    chosen: Any = {"states": state, "code": code, "within_s": within, "after": after}
     with here.farm.db.read() as connection:
-        found = reads.page(connection, batch_id, states=state, after=after, limit=limit + 1)
+        found = reads.page(connection, batch_id, **chosen, limit=limit + 1)
     page = [shown(request, job) for job in found[:limit]]
     return JSONResponse({"jobs": page, "next": page[-1]["idx"] if len(found) > limit else None})
 
@@ -235,7 +238,7 @@ async def cancel(batch_id: Changeable, here: Here) -> Response:
 async def redrive(
     batch_id: Changeable,
     here: Here,
-    code: Annotated[str | None, Query(pattern=r"^ERR_[A-Z_]{1,36}$")] = None,
+    code: Code = None,
     cancelled: bool = False,
 ) -> Response:
     """Queue failed jobs again, those of one error code if given; with `cancelled` those too."""

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from farm.prompts import MAX_PICTURES
 from farm.spec import Text
 
+BATCH_ID = r"^[0-9a-hjkmnp-tv-z]{16}$"
 Label = Annotated[Text, Field(max_length=200)]
 BATCH: dict[str, Any] = {
     "id": "0f9k2m4x7q3w5t8b", "name": "tonight", "owner": "", "priority": 0, "paused": False,
@@ -30,6 +31,14 @@ class Order(BaseModel):
     owner: Label = ""
     priority: int = Field(0, ge=-1_000_000, le=1_000_000, description="larger goes first")
     n: int = Field(1, ge=1, le=MAX_PICTURES, description="pictures of each prompt")
+    reuse: bool = Field(True, description="link what was rendered before")
+    after: str | None = Field(
+        None, pattern=BATCH_ID, description="a batch that must be done with first"
+    )
+    expires_s: float | None = Field(
+        None, gt=0, le=10 * 365 * 86_400, description="cancel what has not begun in so many seconds"
+    )
+    reuse: bool = Field(True, description="link pictures that were rendered before")
     model: Label | None = Field(None, description="see /v1/models")
     engine: Label | None = Field(None, description="the only one that may render; default: any")
     negative_prompt: Text | None = None

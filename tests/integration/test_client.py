@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
 import pytest
@@ -50,6 +51,11 @@ def test_it_submits_as_farm_does(kit: HttpKit, client: FarmClient, tmp_path: Pat
     assert made == [kit.farm.status(batch.id) for batch in made]
     assert client.batches() == kit.farm.batches()
     assert list(client.jobs(made[1].id)) == list(kit.farm.jobs(made[1].id))
+    chosen: Any = {"states": ["queued"], "after": 650}
+    found = list(client.jobs(made[1].id, **chosen))
+    assert found == list(kit.farm.jobs(made[1].id, **chosen))
+    assert len(found) == 49
+    assert not list(client.jobs(made[1].id, code="ERR_CANCELLED", within_s=60))
     assert client.job(f"{made[3].id}/1").spec["seed"] == 2
 
 
