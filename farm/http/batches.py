@@ -29,7 +29,9 @@ _CACHE = "private, no-cache"  # keep it, and ask each time whether it is still r
 T = TypeVar("T")
 
 router = APIRouter(prefix="/v1/batches", tags=["batches"])
-BatchId = Annotated[str, Path(alias="batch", pattern=shapes.BATCH_ID, examples=[shapes.BATCH["id"]])]
+BatchId = Annotated[
+    str, Path(alias="batch", pattern=shapes.BATCH_ID, examples=[shapes.BATCH["id"]])
+]
 Wait = Annotated[
     float, Query(ge=0, le=MAX_WAIT_S, description="seconds to wait for a change; see below")
 ]
@@ -85,7 +87,9 @@ def list_batches(
     who: Reader,
     here: Here,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    before: Annotated[str | None, Query(pattern=shapes.BATCH_ID, description="a page's `next`")] = None,
+    before: Annotated[
+        str | None, Query(pattern=shapes.BATCH_ID, description="a page's `next`")
+    ] = None,
     owner: Annotated[shapes.Label | None, Query()] = None,
 ) -> Response:
     """The newest batches first."""

@@ -31,7 +31,6 @@ class Order(BaseModel):
     owner: Label = ""
     priority: int = Field(0, ge=-1_000_000, le=1_000_000, description="larger goes first")
     n: int = Field(1, ge=1, le=MAX_PICTURES, description="pictures of each prompt")
-    reuse: bool = Field(True, description="link what was rendered before")
     after: str | None = Field(
         None, pattern=BATCH_ID, description="a batch that must be done with first"
     )

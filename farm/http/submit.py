@@ -139,7 +139,7 @@ _BODY = {
     response_model=shapes.Batch,
     responses={
         200: {"description": "What an earlier request with this key made", "model": shapes.Batch},
-        **documented(400, 401, 403, 408, 409, 413, 415, 422, 429),
+        **documented(400, 401, 403, 404, 408, 409, 413, 415, 422, 429),
     },
     openapi_extra={"requestBody": _BODY},
 )
@@ -158,6 +158,9 @@ async def submit(
     asked = await _read(request, query, here.farm.settings.http_max_body)
     try:
         asked.about["owner"] = who.owner_of_new(asked.about.get("owner", ""))
+        if (after := asked.about.get("after")) and who.owner is not None:
+            former = await run_in_threadpool(here.farm.status, after)
+            who.see(former.owner, after)
         once = Once(idempotency_key, asked.sha256) if idempotency_key else None
         made, again = await in_its_turn(here, partial(_carry_out, here, asked, once))
     finally:

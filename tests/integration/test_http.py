@@ -330,3 +330,15 @@ def test_a_submit_over_its_owners_limit_is_asked_to_wait(kit: HttpKit) -> None:
     assert "may have 2 jobs queued" in problem(answer, 429, "ERR_QUOTA_EXCEEDED")["detail"]
     assert answer.headers["retry-after"] == "60"
     assert kit.farm.batches() == []
+
+
+def test_a_batch_after_another_with_a_deadline(kit: HttpKit) -> None:
+    first = kit.submit("a")
+    order = {"prompts": ["b"], "after": first, "expires_s": 3600, "reuse": False}
+    answer = kit.http.post("/v1/batches", json=order)
+    assert answer.status_code == 201
+    found = answer.json()
+    assert (found["after"], found["waits"]) == (first, True)
+    assert found["expires_at"] > found["created_at"]
+    nowhere = kit.http.post("/v1/batches", json={"prompts": ["b"], "after": "0" * 16})
+    problem(nowhere, 404, "ERR_NOT_FOUND")
