@@ -22,6 +22,7 @@ from farm.submitting import CHUNK, FIRST_CHUNK, Plan, Submitted, submit
 from tests.store_kit import Kit, spec
 
 ONCE = Once("tonight", "1" * 64)
+KILLS = 10  # on each database
 BAD = RowError(7, "steps", "0", "a whole number")
 Item = NewJob | RowError
 
@@ -227,15 +228,15 @@ def _submit(url: str, total: int, pipe: Connection) -> None:
 @pytest.mark.slow
 def test_killed_at_random_places_and_run_again_the_count_is_exact(database_url: str) -> None:
     kit = Kit.at(database_url)
-    draw, total, resumed = random.Random(5), 60_000, []
+    draw, total, resumed = random.Random(5), 150_000, []
     spawn = multiprocessing.get_context("spawn")
-    for turn in range(6):
+    for turn in range(KILLS + 1):
         ours, theirs = spawn.Pipe()
         process = spawn.Process(target=_submit, args=(database_url, total, theirs))
         process.start()
         theirs.close()
         resumed.append(ours.recv())
-        if turn < 5:
+        if turn < KILLS:
             for _ in range(draw.randrange(3)):
                 ours.recv()
             threading.Event().wait(draw.uniform(0, 0.05))  # at any place of a chunk
