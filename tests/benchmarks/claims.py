@@ -43,22 +43,16 @@ def _measure(url: str, million: int, looks: int) -> dict[str, str]:
     kit = Kit.at(url)
     session = kit.session()
     told = {}
-    small = _fill(kit, max(1_000, (looks + 1) * BUNDLE), "small")
-    alone = _times(kit, session, looks, small)
-    told[f"claim {BUNDLE} of a thousand"] = _show(alone)
+    control = _fill(kit, (4 * looks + 1) * BUNDLE, "control", priority=9)
     big = _fill(kit, million, "big", priority=1)
-    many = _times(kit, session, looks, big)
-    told[f"claim {BUNDLE} of {million:,}"] = _against(many, alone)
+    told[f"claim {BUNDLE} of {million:,}"] = _compare(kit, session, looks, control, big)
     _end_most(kit, big, million * 9 // 10)
-    few = _times(kit, session, looks, big)
-    told[f"claim {BUNDLE} of the last tenth of {million:,}"] = _against(few, alone)
-    urgent = _fill(kit, max(1_000, (looks + 1) * BUNDLE), "urgent", priority=2)
-    told[f"an urgent {BUNDLE}, those in front"] = _against(
-        _times(kit, session, looks, urgent), alone
-    )
+    told[f"of the last tenth of {million:,}"] = _compare(kit, session, looks, control, big)
+    urgent = _fill(kit, (looks + 1) * BUNDLE, "urgent", priority=2)
+    told["of an urgent batch, those in front"] = _compare(kit, session, looks, control, urgent)
     _crowd(kit)
-    told[f"the same with {OPEN:,} more open batches"] = _against(
-        _times(kit, session, looks, _fill(kit, (looks + 1) * BUNDLE, "last", priority=3)), alone
+    told[f"of a small batch, {OPEN:,} others open"] = _show(
+        sorted(_claim(kit, session, control) for _ in range(looks))
     )
     told["two owners, a hundred jobs behind many"] = _share(kit, million)
     told[f"stop the claims of {million:,}"] = _stop(kit, big)
@@ -113,15 +107,30 @@ def _end_most(kit: Kit, batch: str, until: int) -> None:
         )
 
 
-def _times(kit: Kit, session: str, looks: int, batch: str) -> list[float]:
-    """Seconds of each claim; all must come from the batch, which is first in line."""
-    spent = []
+def _compare(kit: Kit, session: str, looks: int, control: str, batch: str) -> str:
+    """Claims of a batch beside those of a small one, in turns; both first in line."""
+    small, other = [], []
     for _ in range(looks):
-        began = time.perf_counter()
-        bundle = claim_bundle(kit.db, session, LANE, BUNDLE)
-        spent.append(time.perf_counter() - began)
-        assert {one.ref.batch_id for one in bundle} == {batch}
-    return sorted(spent)
+        small.append(_claim(kit, session, control))
+        _pause(kit, control, True)
+        other.append(_claim(kit, session, batch))
+        _pause(kit, control, False)
+    ratio = statistics.median(other) / statistics.median(small)
+    return f"{_show(sorted(other))}, {ratio:.2f} times a small batch"
+
+
+def _pause(kit: Kit, batch: str, paused: bool) -> None:
+    with kit.db.write() as connection:
+        batches.set_paused(connection, batch, paused)
+
+
+def _claim(kit: Kit, session: str, batch: str) -> float:
+    """Seconds of a claim, which must come from the batch."""
+    began = time.perf_counter()
+    bundle = claim_bundle(kit.db, session, LANE, BUNDLE)
+    spent = time.perf_counter() - began
+    assert {one.ref.batch_id for one in bundle} == {batch}
+    return spent
 
 
 def _show(spent: list[float]) -> str:
@@ -129,19 +138,15 @@ def _show(spent: list[float]) -> str:
     return f"{statistics.median(spent) * 1e3:.1f} ms (p99 {p99 * 1e3:.1f})"
 
 
-def _against(spent: list[float], alone: list[float]) -> str:
-    return f"{_show(spent)}, {statistics.median(spent) / statistics.median(alone):.2f} times"
-
-
 def _share(kit: Kit, million: int) -> str:
     """Four workers with bundles of ten; the second owner comes when all of them are busy."""
-    _fill(kit, million // 10, "first", priority=5)
+    _fill(kit, million // 10, "first", priority=10)
     session, held, served = kit.session(), deque[list[Claim]](), list[bool]()
     second, found = "", 0
     while found < 100:
         if len(held) == 4:
             if not second:
-                second = _fill(kit, 100, "second", priority=5)
+                second = _fill(kit, 100, "second", priority=10)
             with kit.db.write() as connection:
                 jobs.succeed(connection, [(one, PICTURE) for one in held.popleft()])
         bundle = claim_bundle(kit.db, session, LANE, 10)
