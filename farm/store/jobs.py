@@ -62,6 +62,9 @@ class Claim:
     failures: int = 0
     suspect: bool = False
 
+    def __hash__(self) -> int:  # the job's texts need not be read for it
+        return hash((self.ref, self.claim_no))
+
 
 @dataclass(frozen=True)
 class Picture:

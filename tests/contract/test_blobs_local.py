@@ -6,7 +6,9 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -15,8 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farm.blobs import BlobStore, check_key, open_blobs
+from farm.blobs import BlobStore, check_key, local, open_blobs
+from farm.blobs.local import LocalBlobs
 from farm.errors import StorageUnavailable
+from tests.servers import poll
 
 
 @pytest.fixture
@@ -181,3 +185,49 @@ def test_every_key_is_refused_or_stays_inside(text: str) -> None:
         return
     inside = os.path.normpath(f"/root/{key}")
     assert inside == f"/root/{key}"
+
+
+def test_threads_share_the_sync_of_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, gate = threading.Semaphore(0), threading.Semaphore(0)
+    seen: list[set[str]] = []
+
+    def sync(directory: Path) -> None:
+        seen.append({path.name for path in directory.iterdir()})  # what this sync makes last
+        begun.release()
+        assert gate.acquire(timeout=10)
+
+    store = LocalBlobs(tmp_path)
+    store.put("a/first.png", b"1", "image/png")
+    monkeypatch.setattr(local, "_sync_directory", sync)
+    with ThreadPoolExecutor(9) as pool:
+        leader = pool.submit(store.put, "a/leader.png", b"2", "image/png")
+        assert begun.acquire(timeout=10)
+        others = [pool.submit(store.put, f"a/{i}.png", b"3", "image/png") for i in range(8)]
+        poll(lambda: len(list(tmp_path.glob("a/[0-7].png"))) == 8, "the others' files", 10)
+        poll(lambda: bool(store._syncs._next), "the others' wait", 10)
+        assert not any(other.done() for other in others)
+        gate.release()
+        leader.result(10)
+        gate.release(8)
+        for other in others:
+            other.result(10)
+    assert len(seen) < 9, "the eight shared"
+    assert all(any(f"{i}.png" in names for names in seen[1:]) for i in range(8))
+
+
+def test_a_sync_that_fails_is_told_to_all_who_shared_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(directory: Path) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    store = LocalBlobs(tmp_path)
+    store.put("a/first.png", b"1", "image/png")
+    monkeypatch.setattr(local, "_sync_directory", fail)
+    with pytest.raises(StorageUnavailable):
+        store.put("a/b.png", b"2", "image/png")
+    monkeypatch.undo()
+    store.put("a/b.png", b"2", "image/png")
+    assert store.get("a/b.png") == b"2"

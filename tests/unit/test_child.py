@@ -94,6 +94,16 @@ def test_a_bundle_is_rendered_in_micro_batches_of_the_cap(make: Make) -> None:
     assert len(set(pictures(events).values())) == 10
 
 
+def test_small_and_large_pictures_cross_the_pipe_whole(make: Make) -> None:
+    child = make(micro_batch=3)
+    for side in (16, 512, 1024):  # together, one by one, more than the pipe holds
+        specs = [spec(seed=i, width=side, height=side, steps=1) for i in range(3)]
+        together = pictures(list(child.render(specs)))
+        alone = [pictures(list(child.render([one])))[0] for one in specs]
+        assert [together[i] for i in range(3)] == alone
+        assert len(set(alone)) == 3
+
+
 def test_info_pid_and_the_same_bytes_in_a_new_process(make: Make) -> None:
     child = make()
     before = pictures(list(child.render([spec(seed=n) for n in range(3)])))

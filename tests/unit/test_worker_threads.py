@@ -70,6 +70,23 @@ def test_a_group_is_written_together(kit: Kit, recorder: Recorder) -> None:
     soon(lambda: kit.states(batch) == {"succeeded": 8, "queued": 2})
 
 
+def test_a_picture_s_record_notes_a_start_that_was_not_yet_recorded(
+    kit: Kit, recorder: Recorder
+) -> None:
+    batch = kit.batch(spec("a"), spec("b"))
+    quick, slow = kit.claim(batch, kit.session(), limit=2)
+    recorder._changed.acquire()  # so that all of it is one group
+    recorder.started([quick, slow])
+    recorder.pictures([(quick, PICTURE)])
+    recorder._changed.release()
+    soon(lambda: kit.states(batch) == {"succeeded": 1, "running": 1})
+    with kit.db.read() as connection:
+        quick_job, slow_job = (reads.job(connection, claim.ref) for claim in (quick, slow))
+    assert quick_job.started_at is not None
+    assert quick_job.started_at <= (quick_job.finished_at or 0)
+    assert slow_job.started_at is not None, "a suspect, should its worker die now"
+
+
 def test_one_refused_record_does_not_spoil_the_others(kit: Kit, recorder: Recorder) -> None:
     batch = kit.batch(spec("a"), spec("b"), spec("c"))
     one, two, three = kit.claim(batch, kit.session(), limit=3)
@@ -151,6 +168,43 @@ def test_a_finished_picture_is_held_while_the_store_is_away(
     assert job.object_key
     assert len(real.get(job.object_key)) == job.size_bytes
     assert keeper.trouble == ""
+    keeper.close()
+
+
+@pytest.mark.parametrize("bound", [("MOST_WAITING", 2), ("MOST_BYTES", 2 * PIXELS.nbytes)])
+def test_the_engine_waits_when_too_many_pictures_do(
+    kit: Kit,
+    recorder: Recorder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bound: tuple[str, int],
+) -> None:
+    monkeypatch.setattr(keeper_module, *bound)
+    gate, real = threading.Event(), open_blobs((tmp_path / "blobs").as_uri())
+
+    class Gated(Flaky):
+        def put(self, key: str, data: bytes, content_type: str) -> None:
+            assert gate.wait(10)
+            real.put(key, data, content_type)
+
+    keeper = Keeper(Gated(real, 0), Origin("fake", "ab" * 32), recorder)  # type: ignore[arg-type]
+    batch = kit.batch(*(spec(str(i)) for i in range(40)))
+    claims = kit.claim(batch, kit.session(), limit=40)
+    kept: list[Claim] = []
+
+    def engine() -> None:
+        for claim in claims:
+            keeper.keep(claim, PIXELS, 0.1)
+            kept.append(claim)
+
+    thread = threading.Thread(target=engine)
+    thread.start()
+    soon(lambda: len(kept) == 2)
+    thread.join(0.05)
+    assert len(kept) == 2
+    gate.set()
+    thread.join(10)
+    soon(lambda: kit.states(batch) == {"succeeded": 40})
     keeper.close()
 
 
