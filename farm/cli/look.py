@@ -155,7 +155,8 @@ def _asked(spec: dict[str, Any]) -> Iterator[tuple[str, str | int | float | None
 def _show_job(farm: Farm, job: Job, as_json: bool) -> None:
     history = farm.history(job.ref)
     if as_json:
-        print_json(job.as_dict() | {"history": history})
+        same = str(job.rendered_for) if job.rendered_for else None
+        print_json(job.as_dict() | {"rendered_for": same, "history": history})
         return
     print_fields(
         (

