@@ -36,7 +36,7 @@ $(VENV)/.dev: $(VENV)/.farm
 		$(PIP) install $(QUIET) --editable '.[embedded,diffusers,models,http,client,server,sdcpp,dataset]' --group dev
 	@touch $@
 
-.PHONY: install sdcpp demo test test-unit lint format bench fuzz demo-model clean
+.PHONY: install sdcpp demo test test-unit lint format bench fuzz chaos demo-model clean
 install: $(VENV)/.farm ## Install the farm and the diffusers engine into .venv
 
 # Always built anew: pip's cache of wheels does not tell one build from another.
@@ -67,6 +67,9 @@ bench: $(VENV)/.dev ## Measure the farm's cost and an engine's memory; ARGS=--wr
 
 fuzz: $(VENV)/.dev ## Put more than 5,000 made-up requests to the HTTP API (a minute)
 	HTTP_CASES=180 $(BIN)/python -m pytest -s -o timeout=900 tests/integration/test_http_schema.py
+
+chaos: $(VENV)/.dev ## Kill, stop and cut off everything while jobs render, then audit (10 minutes)
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 demo-model: $(VENV)/.farm ## Train the demo model anew (more than an hour on two cores)
 	$(BIN)/python -m workers.demo.train --out farm/demo/shapes --work build/demo-model

@@ -1,0 +1,123 @@
+"""The faults of a chaos run. Each strikes, and returns when what it struck has been let go."""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+
+import psutil
+from sqlalchemy import select
+
+from farm.broker import TASK
+from farm.store.tables import sessions
+from tests.chaos.farm_under_fire import LANE, LOOK_S, FarmUnderFire, engine_of
+
+Fault = Callable[[FarmUnderFire, random.Random], None]
+STOPPED_S = 45.0  # longest that a worker sleeps while its session is waited for
+
+
+def kill_worker(farm: FarmUnderFire, rng: random.Random) -> None:
+    farm.serving(rng).kill()
+
+
+def kill_engine(farm: FarmUnderFire, rng: random.Random) -> None:
+    engine = engine_of(farm.serving(rng))
+    if engine:
+        with suppress(psutil.NoSuchProcess):
+            engine.kill()
+
+
+def stop_worker(farm: FarmUnderFire, rng: random.Random) -> None:
+    """SIGSTOP until its session is lost and others have its jobs, then it wakes as a ghost.
+
+    Half of the time the engine sleeps too. On SQLite a worker that sleeps within a transaction
+    holds up the whole farm; so it is woken after some leases whatever happened.
+    """
+    worker = farm.serving(rng)
+    engine = engine_of(worker) if rng.random() < 0.5 else None
+    asleep = [psutil.Process(worker.pid)] + ([engine] if engine else [])
+    with farm.farm.db.read() as connection:
+        query = select(sessions.c.id).where(sessions.c.pid == worker.pid)
+        session = connection.scalar(query.where(sessions.c.closed_at.is_(None)))
+    began = time.monotonic()
+    for process in asleep:
+        with suppress(psutil.NoSuchProcess):
+            process.suspend()
+    with suppress(TimeoutError):
+        farm.wait_for(lambda: _lost(farm, session), "a lost session", STOPPED_S)
+        n = farm.done() or 0
+        farm.wait_done(n + 1, "the others' work", STOPPED_S)
+    while time.monotonic() - began < farm.ttl_s * 1.2:  # whoever closed it
+        time.sleep(LOOK_S)
+    for process in reversed(asleep):
+        with suppress(psutil.NoSuchProcess):
+            process.resume()
+
+
+def _lost(farm: FarmUnderFire, session: str | None) -> bool:
+    with farm.farm.db.read() as connection:
+        query = select(sessions.c.closed_at).where(sessions.c.id == session)
+        return connection.scalar(query) is not None
+
+
+def restart_redis(farm: FarmUnderFire, rng: random.Random) -> None:
+    (farm.redis.kill if rng.random() < 0.5 else farm.redis.stop)()
+    farm.redis.start()
+
+
+def lose_redis(farm: FarmUnderFire, rng: random.Random) -> None:
+    farm.redis.kill()
+    farm.lose_redis_data()
+    farm.redis.start()
+
+
+def restart_database(farm: FarmUnderFire, rng: random.Random) -> None:
+    assert farm.postgres
+    (farm.postgres.kill if rng.random() < 0.5 else farm.postgres.stop)()
+    farm.postgres.start()
+
+
+def kill_dispatcher(farm: FarmUnderFire, rng: random.Random) -> None:
+    name = rng.choice(sorted(name for name in farm.alive if name.startswith("dispatcher")))
+    farm.alive[name].kill()
+
+
+def forge(farm: FarmUnderFire, rng: random.Random) -> None:
+    """One token delivered twice, with one id, as a broker does after a lost connection."""
+    again = str(uuid.uuid4())
+    for _ in range(2):
+        farm.farm.broker.app.send_task(
+            TASK, kwargs=LANE._asdict(), queue=LANE.queue, ignore_result=True, task_id=again
+        )
+
+
+def forge_foreign(farm: FarmUnderFire, rng: random.Random) -> None:
+    """A message that no farm sent: another's task, another lane's token, wrong arguments."""
+    app = farm.farm.broker.app
+    name, kwargs = rng.choice(
+        [
+            ("os.system", {"command": "true"}),
+            (TASK, {"model": "another", "engine": "fake"}),
+            (TASK, {"model": LANE.model}),
+            (TASK, {"model": ["x"] * 100, "engine": {"a": 1}, "more": None}),
+        ]
+    )
+    app.send_task(name, kwargs=kwargs, queue=LANE.queue, ignore_result=True)
+
+
+def s3_outage(seconds: float, beside: Fault | None) -> Fault:
+    """The store is away for so long; meanwhile another fault strikes."""
+
+    def strike(farm: FarmUnderFire, rng: random.Random) -> None:
+        (farm.s3.kill if rng.random() < 0.5 else farm.s3.stop)()
+        until = time.monotonic() + seconds
+        if beside:
+            beside(farm, rng)
+        while time.monotonic() < until:
+            time.sleep(LOOK_S)
+        farm.s3.start()
+
+    return strike

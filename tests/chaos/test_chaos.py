@@ -1,0 +1,36 @@
+"""The short chaos run; `make chaos` is the whole one. CHAOS_SEED repeats a run."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.run import SHORT, run
+from tests.servers import PostgresServer, RedisServer, S3Server
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("database", ["postgres", "sqlite"])
+def test_nothing_is_lost_and_nothing_is_recorded_twice(
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    redis_server: RedisServer,
+    s3_server: S3Server,
+    database: str,
+) -> None:
+    seed = int(os.environ.get("CHAOS_SEED") or secrets.randbelow(2**31))
+    print(f"CHAOS_SEED={seed}")
+    postgres: PostgresServer | None = None
+    if database == "postgres":
+        postgres = request.getfixturevalue("postgres_server")
+    for server in (redis_server, s3_server, postgres):
+        if server:
+            server.start()
+    redis_server.flushall()
+    report = run(tmp_path / "home", SHORT, seed, redis_server, s3_server, postgres)
+    print(report.text())
+    assert not report.audit.wrong
+    assert report.struck.total() >= SHORT.times["worker killed"]
