@@ -6,18 +6,22 @@ Redis holds doorbells and no truth: a token names a lane and no job. Tokens are 
 
 from __future__ import annotations
 
+import binascii
+import logging
 import ssl
 from typing import Any
 
 import kombu.exceptions
 import redis.exceptions
 from celery import Celery
-from kombu.transport.redis import Channel
+from kombu.transport import TRANSPORT_ALIASES
+from kombu.transport.redis import Channel, Transport
 
 from farm.catalog import Lane
 from farm.config import redact
 from farm.errors import BrokerUnavailable
 
+log = logging.getLogger(__name__)
 TASK = "farm.render"
 _AWAY = (kombu.exceptions.OperationalError, redis.exceptions.RedisError, OSError)
 _TRANSPORT = {
@@ -27,6 +31,48 @@ _TRANSPORT = {
     "health_check_interval": 25,
     "global_keyprefix": "farm:",
 }
+
+
+class RedisChannel(Channel):  # type: ignore[misc]  # kombu is untyped
+    """Redis as kombu has it, but what is no message is dropped and does not end the worker."""
+
+    def _brpop_read(self, **options: Any) -> Any:
+        try:
+            return super()._brpop_read(**options)
+        except (ValueError, RecursionError) as error:  # no JSON
+            log.warning("what is no message is dropped: %s", type(error).__name__)
+            return True
+
+
+class RedisTransport(Transport):  # type: ignore[misc]
+    Channel = RedisChannel
+
+    def _deliver(self, message: Any, queue: str) -> None:
+        if _is_message(message):
+            super()._deliver(message, queue)
+        else:
+            log.warning("a message on %s that no farm sends is dropped", queue)
+
+
+TRANSPORT_ALIASES |= dict.fromkeys(("redis", "rediss"), f"{__name__}:RedisTransport")
+
+
+def _is_message(message: Any) -> bool:
+    """Whether it is built as kombu's are and holds JSON (kombu/transport/virtual/base.py)."""
+    try:
+        properties = message["properties"]
+        body = binascii.a2b_base64(message["body"], strict_mode=True)
+        return (
+            bool(body)
+            and properties["body_encoding"] == "base64"
+            and isinstance(properties["delivery_tag"], str)
+            and isinstance(properties["delivery_info"], dict)
+            and isinstance(message["headers"], dict)
+            and message["content-type"] == "application/json"
+            and message["content-encoding"] == "utf-8"
+        )
+    except (LookupError, TypeError, ValueError):
+        return False
 
 
 def make_app(url: str) -> Celery:

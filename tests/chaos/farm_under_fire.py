@@ -66,6 +66,7 @@ class FarmUnderFire(FarmKit):
             **told,
         )
         self.redis, self.s3, self.postgres = redis, s3, postgres
+        self.tick_s = self.farm.settings.tick_s
         self.ttl_s = float(str(told["session_ttl_s"]))
         self.roles = {f"worker-{n}": worker_words() for n in range(workers)}
         self.roles |= {f"dispatcher-{n}": ["-m", "farm", "dispatcher"] for n in range(2)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import time
 import uuid
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import psutil
 from sqlalchemy import select
 
 from farm.broker import TASK
+from farm.dispatcher import TICKS
 from farm.store.tables import sessions
 from tests.chaos.farm_under_fire import LANE, LOOK_S, FarmUnderFire, engine_of
 
@@ -85,6 +87,16 @@ def kill_dispatcher(farm: FarmUnderFire, rng: random.Random) -> None:
     farm.alive[name].kill()
 
 
+def stop_dispatcher(farm: FarmUnderFire, rng: random.Random) -> None:
+    """SIGSTOP of the leader, or of who watches, until its lease is over; then there are two."""
+    name = rng.choice(sorted(name for name in farm.alive if name.startswith("dispatcher")))
+    asleep, began = farm.alive[name], time.monotonic()
+    asleep.send_signal(signal.SIGSTOP)
+    while time.monotonic() - began < TICKS * farm.tick_s * 2:
+        time.sleep(LOOK_S)
+    asleep.send_signal(signal.SIGCONT)
+
+
 def forge(farm: FarmUnderFire, rng: random.Random) -> None:
     """One token delivered twice, with one id, as a broker does after a lost connection."""
     again = str(uuid.uuid4())
@@ -95,17 +107,22 @@ def forge(farm: FarmUnderFire, rng: random.Random) -> None:
 
 
 def forge_foreign(farm: FarmUnderFire, rng: random.Random) -> None:
-    """A message that no farm sent: another's task, another lane's token, wrong arguments."""
-    app = farm.farm.broker.app
-    name, kwargs = rng.choice(
+    """A message that no farm sent: another's task, another lane's token, wrong arguments, bytes."""
+    what = rng.choice(
         [
+            "garbage",
             ("os.system", {"command": "true"}),
             (TASK, {"model": "another", "engine": "fake"}),
             (TASK, {"model": LANE.model}),
             (TASK, {"model": ["x"] * 100, "engine": {"a": 1}, "more": None}),
         ]
     )
-    app.send_task(name, kwargs=kwargs, queue=LANE.queue, ignore_result=True)
+    if isinstance(what, str):
+        farm.redis.command("LPUSH", f"farm:{LANE.queue}", what)
+    else:
+        name, kwargs = what
+        app = farm.farm.broker.app
+        app.send_task(name, kwargs=kwargs, queue=LANE.queue, ignore_result=True)
 
 
 def s3_outage(seconds: float, beside: Fault | None) -> Fault:

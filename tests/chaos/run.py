@@ -44,6 +44,7 @@ class Plan:
             "database restarted": 5,
             "S3 away": 5,
             "dispatcher killed": 5,
+            "dispatcher stopped longer than its lead": 5,
             "token doubled": 50,
             "foreign message": 10,
         }
@@ -70,6 +71,7 @@ SHORT = Plan(
         "database restarted": 1,
         "S3 away": 1,
         "dispatcher killed": 1,
+        "dispatcher stopped longer than its lead": 1,
         "token doubled": 5,
         "foreign message": 4,
     },
@@ -82,6 +84,7 @@ FAULTS: dict[str, Fault] = {
     "Redis restarted, all data lost": faults.lose_redis,
     "database restarted": faults.restart_database,
     "dispatcher killed": faults.kill_dispatcher,
+    "dispatcher stopped longer than its lead": faults.stop_dispatcher,
     "token doubled": faults.forge,
     "foreign message": faults.forge_foreign,
 }

@@ -1,0 +1,76 @@
+"""Messages that no farm sent: a worker drops each, stays, and goes on with its work."""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from farm.broker import TASK
+from farm.catalog import Lane
+from tests.farm_kit import FarmKit
+from tests.servers import RedisServer
+
+LANE = Lane("fake-one", "fake")
+PICKLED = base64.b64encode(pickle.dumps([[], {}, {}])).decode()
+
+
+def _message(**changes: Any) -> dict[str, Any]:
+    """A message as kombu makes them, with changes."""
+    where = {"exchange": "", "routing_key": LANE.queue}
+    properties = {"delivery_tag": "a", "body_encoding": "base64", "delivery_info": where}
+    return {
+        "body": base64.b64encode(b"[[], {}, {}]").decode(),
+        "headers": {"task": TASK, "id": "1"},
+        "content-type": "application/json",
+        "content-encoding": "utf-8",
+        "properties": properties,
+    } | changes
+
+
+FOREIGN: dict[str, bytes] = {
+    "bytes": b"\x80\x04\xff",
+    "text": b"farm",
+    "nothing": b"",
+    "nested too deep": b"[" * 100_000,
+    **{f"JSON {text}": text.encode() for text in ("null", "7", "[]", "{}", '"x"', "[1, 2, 3]")},
+    **{
+        name: json.dumps(message).encode()
+        for name, message in {
+            "no arguments": _message(),
+            "another task": _message(headers={"task": "os.system", "id": "2"}),
+            "no base64": _message(body="%%%"),
+            "half a JSON body": _message(body=base64.b64encode(b"[1").decode()),
+            "a pickle": _message(
+                body=PICKLED, **{"content-type": "application/x-python-serialize"}
+            ),
+            "a pickle that says JSON": _message(body=PICKLED),
+            "a type that is none": _message(**{"content-type": 5}),
+            "headers that are none": _message(headers=[1]),
+            "an unknown compression": _message(
+                headers={"task": TASK, "id": "3", "compression": "none such"}
+            ),
+            "no properties": _message(properties=None),
+            "no tag": _message(properties={"body_encoding": "base64", "delivery_info": {}}),
+        }.items()
+    },
+}
+
+
+def test_foreign_messages_neither_stop_nor_end_a_worker(
+    tmp_path: Path, redis_server: RedisServer, redis_url: str
+) -> None:
+    with FarmKit(tmp_path / "home", redis_url) as kit:
+        kit.dispatcher()  # it rings again: what is dropped was counted as a token
+        worker = kit.worker()
+        with redis.Redis.from_url(redis_server.client_url) as client:
+            for name, foreign in FOREIGN.items():
+                client.lpush(f"farm:{LANE.queue}", foreign)
+                batch = kit.farm.submit([f"after {name}"], model="fake-one")
+                status = kit.farm.wait(batch.id, 20)
+                assert status.counts["succeeded"] == 1, name
+                assert worker.poll() is None, f"{name}\n{kit.log('worker-fake-one')[-2000:]}"
