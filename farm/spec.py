@@ -11,6 +11,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Iterable, Mapping
+from json.encoder import encode_basestring as quoted
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
@@ -141,9 +142,42 @@ class JobSpec(BaseModel):
         `loras`: the SHA-256 of each LoRA that the job names. Which engine it asked for is no
         part of it, which one rendered it is.
         """
-        hashes = [(loras or {})[name] for name, _ in self.loras]
-        whole = {**self.model_dump(), "engine": engine, "weights": [weights_sha256, *hashes]}
+        whole = self._identity(engine, weights_sha256, loras or {})
         return hashlib.sha256(_canonical(whole).encode()).hexdigest()
+
+    def _identity(self, engine: str, weights: str, loras: Mapping[str, str]) -> dict[str, Any]:
+        hashes = [loras[name] for name, _ in self.loras]
+        return {**self.model_dump(), "engine": engine, "weights": [weights, *hashes]}
+
+
+class Fingerprints:
+    """`JobSpec.fingerprint` for many jobs of few shapes: only texts and seeds are written anew."""
+
+    def __init__(self, engine: str, weights_sha256: str, loras: Mapping[str, str]) -> None:
+        self._engine, self._weights, self._loras = engine, weights_sha256, loras
+        self._around: dict[Any, tuple[str, str, str]] = {}
+
+    def of(self, spec: JobSpec) -> str:
+        """Raises KeyError for a LoRA whose hash is not known."""
+        values = spec.__dict__
+        shape = tuple(values[name] for name in _SHAPE)
+        around = self._around.get(shape)
+        if around is None:
+            if len(self._around) > 1_000:
+                self._around.clear()
+            around = self._around[shape] = self._pieces(spec)
+        head, middle, tail = around
+        negative, prompt = quoted(values["negative_prompt"]), quoted(values["prompt"])
+        text = f'{head}{negative},"prompt":{prompt}{middle}{values["seed"]}{tail}'
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _pieces(self, spec: JobSpec) -> tuple[str, str, str]:
+        """The canonical text before the negative prompt, between prompt and seed, and after."""
+        whole = spec.model_copy(update={"prompt": "", "negative_prompt": "", "seed": 0})
+        text = _canonical(whole._identity(self._engine, self._weights, self._loras))
+        head, rest = text.split('"negative_prompt":"","prompt":""')
+        middle, tail = rest.split('"seed":0')
+        return f'{head}"negative_prompt":', f'{middle}"seed":', tail
 
 
 class Shape:
@@ -190,6 +224,7 @@ def engine_refuses(engine: str, text: str) -> str | None:
 
 
 FIELDS = tuple(JobSpec.model_fields)
+_SHAPE = [name for name in FIELDS if name not in ("prompt", "negative_prompt", "seed")]
 # What may differ within a micro-batch; of the pictures, only whether there is one counts.
 PER_JOB = ("prompt", "negative_prompt", "seed", "format", "engine", "init_image", "mask_image")
 _PICTURE = "a PNG, JPEG or WebP file, blob:KEY of one in the blob store, or job:BATCH/INDEX"

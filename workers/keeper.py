@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from farm.blobs import BlobStore
 from farm.errors import EnvironmentFault, FarmError, RenderFailed, StorageUnavailable
 from farm.pictures import CONTENT_TYPES, Origin, encode, object_key, sha256
+from farm.spec import Fingerprints
 from farm.store.jobs import Claim, Picture
 from workers.recorder import Recorder
 
@@ -36,6 +37,7 @@ class Keeper:
 
     def __init__(self, blobs: BlobStore, origin: Origin, recorder: Recorder) -> None:
         self._blobs, self._origin, self._recorder = blobs, origin, recorder
+        self._fingerprints = Fingerprints(origin.engine, origin.weights_sha256, origin.loras)
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="keeper")
         self._changed = threading.Condition()
         self._waiting: deque[_Finished] = deque()
@@ -101,8 +103,7 @@ class Keeper:
         data = encode(pixels.tobytes(), spec, origin)
         key = object_key(claim.ref, claim.claim_no, spec.format)
         self._put(key, data, CONTENT_TYPES[spec.format])
-        fingerprint = spec.fingerprint(origin.engine, origin.weights_sha256, origin.loras)
-        return Picture(key, sha256(data), len(data), render_s, fingerprint)
+        return Picture(key, sha256(data), len(data), render_s, self._fingerprints.of(spec))
 
     def _put(self, key: str, data: bytes, content_type: str) -> None:
         until, pause = time.monotonic() + PATIENCE_S, 0.2

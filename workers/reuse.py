@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from farm.errors import DatabaseUnavailable
 from farm.pictures import Origin
+from farm.spec import Fingerprints
 from farm.store import reuse
 from farm.store.db import Database
 from farm.store.ids import JobRef
@@ -26,6 +27,7 @@ class Reuse:
         self, db: Database, origin: Origin, settled: Callable[[list[Claim]], None]
     ) -> None:
         self._db, self._origin, self._settled = db, origin, settled
+        self._fingerprints = Fingerprints(origin.engine, origin.weights_sha256, origin.loras)
         self._streak = 0
 
     def size(self, usual: int) -> int:
@@ -67,4 +69,4 @@ class Reuse:
         spec, origin = claim.spec, self._origin
         if any(name not in origin.loras for name, _ in spec.loras):
             return None
-        return spec.fingerprint(origin.engine, origin.weights_sha256, origin.loras)
+        return self._fingerprints.of(spec)

@@ -175,8 +175,7 @@ def claim(
     connection.execute(
         update(batches).where(batches.c.id == batch_id, started).values(started_at=now())
     )
-    rows = sorted(moved, key=lambda row: row.idx)
-    return [_claim_of(row, shared, session_id) for row in rows]
+    return _claims_of(sorted(moved, key=lambda row: row.idx), shared, session_id)
 
 
 _SPEC_COLUMNS = ("model", "prompt", "negative_prompt", "seed")
@@ -194,6 +193,22 @@ def spec_of(row: Any, shared: dict[str, Any]) -> JobSpec:
     own = {name: getattr(row, name) for name in _SPEC_COLUMNS}
     own["engine"] = row.asked_engine or None
     return JobSpec.from_record({**shared, **(row.params or {}), **own})
+
+
+def _claims_of(rows: Sequence[Any], shared: dict[str, Any], session_id: str) -> list[Claim]:
+    """Claims of one pool, many of whose jobs differ in their texts and seeds only."""
+    plain: JobSpec | None = None
+    found = []
+    for row in rows:
+        if row.params or plain is None:
+            spec = spec_of(row, shared)
+            plain = plain if row.params else spec
+        else:
+            own = {"prompt": row.prompt, "negative_prompt": row.negative_prompt, "seed": row.seed}
+            spec = plain.model_copy(update=own)
+        ref = JobRef(row.batch_id, row.idx)
+        found.append(Claim(ref, row.claim_no, session_id, spec, row.failures, row.suspect))
+    return found
 
 
 def _claim_of(row: Any, shared: dict[str, Any], session_id: str) -> Claim:

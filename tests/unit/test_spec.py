@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from farm.errors import FarmError, _tree, by_code
 from farm.samplers import canonical_scheduler
-from farm.spec import EXPECTED, FIELDS, MAX_SEED, PER_JOB, JobSpec, row_errors
+from farm.spec import EXPECTED, FIELDS, MAX_SEED, PER_JOB, Fingerprints, JobSpec, row_errors
 from farm.states import FINAL_STATES, TRANSITIONS, JobState, may_become
 from tests.store_kit import spec
 
@@ -154,3 +154,22 @@ def test_every_error_has_a_code_of_its_own_and_is_in_the_drawn_tree() -> None:
         assert type(rebuilt) is cls
         assert rebuilt.message == "sentence"
     assert cls().message
+
+
+@given(
+    texts=st.lists(st.tuples(st.text(), st.text(), st.integers(0, MAX_SEED)), min_size=1),
+    loras=st.sampled_from(["", "one:0.5", "one, two:2"]),
+    kind=st.sampled_from([{}, {"init_image": f"inputs/{'b' * 64}.webp", "strength": 0.25}]),
+)
+def test_fingerprints_of_many_are_those_of_each(
+    texts: list[tuple[str, str, int]], loras: str, kind: dict[str, object]
+) -> None:
+    hashes = {"one": "1" * 64, "two": "2" * 64}
+    many = Fingerprints("fake", "w" * 64, hashes)
+    base = spec(loras=loras, **kind)
+    for prompt, negative, seed in [*texts, ('"seed":0', '"negative_prompt":"","prompt":""', 0)]:
+        own = {"prompt": prompt, "negative_prompt": negative, "seed": seed}
+        one = base.model_copy(update=own)
+        if "\ud800" <= max(prompt + negative + " ") <= "\udfff":
+            continue
+        assert many.of(one) == one.fingerprint("fake", "w" * 64, hashes)
