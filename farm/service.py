@@ -320,7 +320,7 @@ class Farm:
     def wait(self, batch_id: str, timeout_s: float | None = None) -> BatchStatus:
         """The status once the batch is done; raises TimeoutError after `timeout_s` seconds."""
         until = None if timeout_s is None else time.monotonic() + timeout_s
-        for status in self.watch(batch_id, poll_s=0.2):
+        for status in self.watch(batch_id, poll_s=0.05):
             if status.done:
                 return status
             if until is not None and time.monotonic() > until:

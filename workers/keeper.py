@@ -44,7 +44,7 @@ class Keeper:
         self._busy = 0  # threads at work
         self._held, self._held_bytes = 0, 0  # waiting or under way
         self._closing = threading.Event()
-        self.trouble = ""
+        self.trouble, self.stored_bytes = "", 0
 
     def keep(self, claim: Claim, pixels: Any, render_s: float) -> None:
         """Store `pixels` (uint8, height x width x 3) as the job's picture.
@@ -74,6 +74,7 @@ class Keeper:
                     stored.append((one.claim, picture))
             self._recorder.pictures(stored)
             with self._changed:
+                self.stored_bytes += sum(picture.size_bytes for _, picture in stored)
                 self._held -= len(group)
                 self._held_bytes -= sum(one.pixels.nbytes for one in group)
                 self._changed.notify_all()

@@ -248,7 +248,8 @@ class Runner:
     def _told(self) -> Beat:
         trouble = self._inputs.trouble or (self._keeper.trouble if self._bundle else "")
         state = "waiting" if trouble else "rendering" if self._bundle else "idle"
-        return Beat(state, trouble or self._lessons.note, self._rendered, self._speed)
+        stored = self._keeper.stored_bytes
+        return Beat(state, trouble or self._lessons.note, self._rendered, self._speed, stored)
 
     def _cancel(self, refs: set[JobRef]) -> None:
         with self._bundle_lock:

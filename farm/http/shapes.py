@@ -198,6 +198,7 @@ class Worker(BaseModel):
     note: str
     info: dict[str, Any]
     rendered: int
+    stored_bytes: int
     seconds_per_picture: float | None
     opened_at: float
     silent_s: float

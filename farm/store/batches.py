@@ -188,7 +188,11 @@ def status(connection: Connection, batch_id: str) -> BatchStatus:
     row = connection.execute(_with_clock().where(batches.c.id == batch_id)).first()
     if row is None:
         raise NotFound(f"no batch {batch_id[:40]!r}; `farm status` lists them")
-    return _statuses(connection, [row])[0]
+    found = _statuses(connection, [row])[0]
+    if found.done and found.finished_at is None:  # its last job ended between the two looks
+        row = connection.execute(_with_clock().where(batches.c.id == batch_id)).first() or row
+        found = _statuses(connection, [row])[0]
+    return found
 
 
 def recent(

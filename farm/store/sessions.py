@@ -33,6 +33,7 @@ class Worker:
     note: str
     info: dict[str, Any]
     rendered: int
+    stored_bytes: int
     seconds_per_picture: float | None
     opened_at: float
     silent_s: float
@@ -53,6 +54,7 @@ class Beat:
     note: str = ""
     rendered: int = 0
     seconds_per_picture: float | None = None
+    stored_bytes: int = 0
 
 
 def open_session(

@@ -302,6 +302,7 @@ sessions = Table(
     Column("info", JSON, nullable=False),  # versions, micro-batch: what the lane promises
     # and what a lack of memory taught it
     Column("rendered", Integer, nullable=False, server_default="0"),
+    Column("stored_bytes", BigInteger, nullable=False, server_default="0"),
     Column("seconds_per_picture", Float),
     Column("opened_at", Double, nullable=False),
     Column("heartbeat_at", Double, nullable=False),

@@ -101,6 +101,7 @@ def upgrade() -> None:
         sa.Column("note", sa.Text(), server_default="", nullable=False),
         sa.Column("info", sa.JSON(), nullable=False),
         sa.Column("rendered", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("stored_bytes", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("seconds_per_picture", sa.Float(), nullable=True),
         sa.Column("opened_at", sa.Double(), nullable=False),
         sa.Column("heartbeat_at", sa.Double(), nullable=False),
