@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import psutil
 from sqlalchemy import select
@@ -16,8 +17,10 @@ from farm.broker import TASK
 from farm.dispatcher import TICKS
 from farm.store.tables import sessions
 from tests.chaos.farm_under_fire import LANE, LOOK_S, FarmUnderFire, engine_of
+from tests.servers import Server
 
 Fault = Callable[[FarmUnderFire, random.Random], None]
+SILENT_S = 3.0
 STOPPED_S = 45.0  # longest that a worker sleeps while its session is waited for
 
 
@@ -52,8 +55,7 @@ def stop_worker(farm: FarmUnderFire, rng: random.Random) -> None:
         farm.wait_for(lambda: _lost(farm, session), "a lost session", STOPPED_S)
         n = farm.done() or 0
         farm.wait_done(n + 1, "the others' work", STOPPED_S)
-    while time.monotonic() - began < farm.ttl_s * 1.2:  # whoever closed it
-        time.sleep(LOOK_S)
+    _wait(farm.ttl_s * 1.2 - (time.monotonic() - began))  # whoever closed it
     for process in reversed(asleep):
         with suppress(psutil.NoSuchProcess):
             process.resume()
@@ -90,10 +92,9 @@ def kill_dispatcher(farm: FarmUnderFire, rng: random.Random) -> None:
 def stop_dispatcher(farm: FarmUnderFire, rng: random.Random) -> None:
     """SIGSTOP of the leader, or of who watches, until its lease is over; then there are two."""
     name = rng.choice(sorted(name for name in farm.alive if name.startswith("dispatcher")))
-    asleep, began = farm.alive[name], time.monotonic()
+    asleep = farm.alive[name]
     asleep.send_signal(signal.SIGSTOP)
-    while time.monotonic() - began < TICKS * farm.tick_s * 2:
-        time.sleep(LOOK_S)
+    _wait(TICKS * farm.tick_s * 2)
     asleep.send_signal(signal.SIGCONT)
 
 
@@ -125,16 +126,46 @@ def forge_foreign(farm: FarmUnderFire, rng: random.Random) -> None:
         app.send_task(name, kwargs=kwargs, queue=LANE.queue, ignore_result=True)
 
 
+def silence_redis(farm: FarmUnderFire, rng: random.Random) -> None:
+    """Its connections stay and nothing answers."""
+    with _silent(farm.redis):
+        _wait(SILENT_S)
+
+
 def s3_outage(seconds: float, beside: Fault | None) -> Fault:
-    """The store is away for so long; meanwhile another fault strikes."""
+    """The store is down, or takes requests and does not answer; meanwhile another fault strikes."""
 
     def strike(farm: FarmUnderFire, rng: random.Random) -> None:
-        (farm.s3.kill if rng.random() < 0.5 else farm.s3.stop)()
-        until = time.monotonic() + seconds
-        if beside:
-            beside(farm, rng)
-        while time.monotonic() < until:
-            time.sleep(LOOK_S)
-        farm.s3.start()
+        with rng.choice([_silent, _down])(farm.s3):
+            until = time.monotonic() + seconds
+            if beside:
+                beside(farm, rng)
+            _wait(until - time.monotonic())
 
     return strike
+
+
+@contextmanager
+def _silent(server: Server) -> Iterator[None]:
+    assert server.pid
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+
+
+@contextmanager
+def _down(server: Server) -> Iterator[None]:
+    server.kill()
+    try:
+        yield
+    finally:
+        server.start()
+
+
+def _wait(seconds: float) -> None:
+    """The length of a fault is the fault; nothing is waited for."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        time.sleep(LOOK_S)

@@ -10,7 +10,7 @@ import random
 import statistics
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from farm.store.reads import Job
@@ -22,7 +22,6 @@ from tests.servers import PostgresServer, RedisServer, S3Server
 
 KILLED_TWICE = "ERR_ENGINE_CRASHED"
 OWNERS = ("", "ada", "grace")
-BATCH, BACKLOG = 120, 100  # jobs of one; with fewer open, another is submitted
 FORMATS = ("png", "webp", "jpeg")
 
 
@@ -31,9 +30,11 @@ class Plan:
     """How many jobs, and how often each fault strikes; `outage_s` is the length of S3's."""
 
     jobs: int = 2000  # at least; as many as the faults take
+    batch: int = 120  # jobs of one; with fewer open, another is submitted
     seconds_per_step: float = 0.2
     outage_s: float = 10.0
     stuck_s: float = 120.0  # without a job done in so long the farm has stopped
+    idle: tuple[str, ...] = ("Redis restarted, all data lost", "Redis silent")  # strike idle farms
     times: dict[str, int] = field(
         default_factory=lambda: {
             "worker killed": 30,
@@ -41,8 +42,9 @@ class Plan:
             "worker stopped longer than its lease": 10,
             "Redis restarted": 5,
             "Redis restarted, all data lost": 5,
+            "Redis silent": 3,
             "database restarted": 5,
-            "S3 away": 5,
+            "S3 away or silent": 5,
             "dispatcher killed": 5,
             "dispatcher stopped longer than its lead": 5,
             "token doubled": 50,
@@ -52,13 +54,14 @@ class Plan:
 
     def without_database_restarts(self) -> Plan:
         """SQLite has no server."""
-        times = {**self.times, "database restarted": 0}
-        return Plan(self.jobs, self.seconds_per_step, self.outage_s, self.stuck_s, times)
+        return replace(self, times={**self.times, "database restarted": 0})
 
 
 FULL = Plan()
 SHORT = Plan(
-    jobs=240,
+    jobs=160,
+    batch=60,
+    idle=("Redis restarted, all data lost",),
     seconds_per_step=0.1,
     outage_s=3.0,
     stuck_s=60.0,
@@ -68,8 +71,9 @@ SHORT = Plan(
         "worker stopped longer than its lease": 1,
         "Redis restarted": 1,
         "Redis restarted, all data lost": 1,
+        "Redis silent": 1,
         "database restarted": 1,
-        "S3 away": 1,
+        "S3 away or silent": 1,
         "dispatcher killed": 1,
         "dispatcher stopped longer than its lead": 1,
         "token doubled": 5,
@@ -82,6 +86,7 @@ FAULTS: dict[str, Fault] = {
     "worker stopped longer than its lease": faults.stop_worker,
     "Redis restarted": faults.restart_redis,
     "Redis restarted, all data lost": faults.lose_redis,
+    "Redis silent": faults.silence_redis,
     "database restarted": faults.restart_database,
     "dispatcher killed": faults.kill_dispatcher,
     "dispatcher stopped longer than its lead": faults.stop_dispatcher,
@@ -97,12 +102,12 @@ def schedule(plan: Plan, rng: random.Random) -> list[tuple[str, str]]:
     Beside an outage of S3 another fault of the plan strikes, so that held pictures meet kills.
     """
     left = Counter(plan.times)
-    outages = left.pop("S3 away", 0)
+    outages = left.pop("S3 away or silent", 0)
     drawn: list[tuple[str, str]] = []
     for _ in range(outages):
         beside = rng.choice([name for name in ("", *BESIDE) if not name or left[name] > 0])
         left[beside] -= 1 if beside else 0
-        drawn.append(("S3 away", beside))
+        drawn.append(("S3 away or silent", beside))
     drawn += [(name, "") for name in left.elements()]
     rng.shuffle(drawn)
     return drawn
@@ -136,7 +141,7 @@ class Report:
         lines += [f"  processes started: {self.starts}; most tokens in Redis: {self.tokens}"]
         if self.mustered:
             lines += [
-                f"  Redis lost on an idle farm, {len(self.mustered)} times: every worker renders "
+                f"  Redis away from an idle farm, {len(self.mustered)} times: every worker renders "
                 f"again after {max(self.mustered):.1f} s at worst"
             ]
         lines += [f"  failed by two kills of its engine, re-driven: {self.redriven}"]
@@ -161,7 +166,7 @@ def run(
     began = time.monotonic()
     with FarmUnderFire(home, redis, s3, postgres, seconds_per_step=plan.seconds_per_step) as farm:
         farm.start()
-        work = Work(farm, random.Random(seed))
+        work = Work(farm, plan, random.Random(seed))
         drawn = schedule(plan, rng)
         for i, (name, beside) in enumerate(drawn):
             before = sum(report.struck.values())
@@ -169,10 +174,7 @@ def run(
             if say:
                 took = time.monotonic() - began
                 print(f"{took:7.1f} s {farm.done():>6} done  {name}  {beside}", flush=True)
-            idle = "Redis" in name and rng.random() < 0.5
-            if idle:
-                work.finish(plan.stuck_s)
-            _strike(farm, rng, plan, report, name, beside, work if idle else None)
+            _strike(farm, rng, plan, report, work, name, beside)
             if i % 8 == 0:
                 work.witness()
         work.submit(max(0, plan.jobs - work.submitted))
@@ -189,8 +191,8 @@ def run(
 class Work:
     """Keeps the farm in work while faults strike, with batches of several kinds."""
 
-    def __init__(self, farm: FarmUnderFire, rng: random.Random) -> None:
-        self._farm, self._rng = farm, rng
+    def __init__(self, farm: FarmUnderFire, plan: Plan, rng: random.Random) -> None:
+        self._farm, self._batch, self._rng = farm, plan.batch, rng
         self.batches: list[str] = []
         self.submitted = self.redriven = 0
         self.witnessed: dict[str, Job] = {}
@@ -215,9 +217,10 @@ class Work:
 
     def go_on(self, n: int, when: str, stuck_s: float) -> None:
         """Return when `n` more jobs have succeeded and enough wait for what comes next."""
+        self._farm.wait_for(lambda: self._farm.done() is not None, "the database", stuck_s)
         done = self._farm.done() or 0
-        if self.submitted - done < BACKLOG:
-            self.submit(BATCH)
+        if self.submitted - done < self._batch:
+            self.submit(self._batch)
         self._farm.wait_done(done + n, when, stuck_s)
 
     def muster(self, stuck_s: float) -> None:
@@ -232,7 +235,7 @@ class Work:
 
         def all_did() -> bool:
             if self._ended():
-                self.submit(BATCH // 2)
+                self.submit(self._batch // 2)
             return all(w.rendered > before.get(w.pid, 0) for w in farm.farm.workers())
 
         farm.wait_for(all_did, "a picture of each worker", stuck_s)
@@ -268,25 +271,20 @@ def _strike(
     rng: random.Random,
     plan: Plan,
     report: Report,
+    work: Work,
     name: str,
     beside: str,
-    idle: Work | None,
 ) -> None:
-    """Strike, and wait for the next picture; on an idle farm (`idle`), for one of each worker."""
+    """Strike, and wait for the next picture; on an idle farm, for one of each worker."""
     fault = FAULTS.get(name) or faults.s3_outage(plan.outage_s, FAULTS.get(beside))
+    if name in plan.idle:
+        work.finish(plan.stuck_s)
     fault(farm, rng)
     report.struck.update(part for part in (name, beside) if part)
     let_go = time.monotonic()
-    if idle:
-        idle.muster(plan.stuck_s)
+    if name in plan.idle:
+        work.muster(plan.stuck_s)
         report.mustered.append(time.monotonic() - let_go)
-        return
-    done: list[int] = []
-
-    def counted() -> bool:
-        n = farm.done()
-        done.extend([] if n is None else [n])
-        return bool(done) and done[-1] > done[0]
-
-    farm.wait_for(counted, f"a picture after: {name} {beside}", plan.stuck_s)
-    report.recovered.setdefault(name, []).append(time.monotonic() - let_go)
+    else:
+        work.go_on(1, f"after: {name} {beside}", plan.stuck_s)
+        report.recovered.setdefault(name, []).append(time.monotonic() - let_go)
