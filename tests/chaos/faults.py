@@ -51,10 +51,11 @@ def stop_worker(farm: FarmUnderFire, rng: random.Random) -> None:
     for process in asleep:
         with suppress(psutil.NoSuchProcess):
             process.suspend()
+    longest = STOPPED_S if farm.postgres else farm.ttl_s * 4
     with suppress(TimeoutError):
-        farm.wait_for(lambda: _lost(farm, session), "a lost session", STOPPED_S)
+        farm.wait_for(lambda: _lost(farm, session), "a lost session", longest)
         n = farm.done() or 0
-        farm.wait_done(n + 1, "the others' work", STOPPED_S)
+        farm.wait_done(n + 1, "the others' work", longest)
     _wait(farm.ttl_s * 1.2 - (time.monotonic() - began))  # whoever closed it
     for process in reversed(asleep):
         with suppress(psutil.NoSuchProcess):
