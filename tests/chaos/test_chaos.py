@@ -12,6 +12,7 @@ from tests.chaos.run import SHORT, run
 from tests.servers import PostgresServer, RedisServer, S3Server
 
 
+@pytest.mark.chaos
 @pytest.mark.slow
 @pytest.mark.parametrize("database", ["postgres", "sqlite"])
 def test_nothing_is_lost_and_nothing_is_recorded_twice(
