@@ -126,7 +126,7 @@ class RedisServer(Server):
 
 
 class PostgresServer(Server):
-    """PostgreSQL on a unix socket; without fsync, so not for questions of durability.
+    """PostgreSQL on a unix socket; without fsync: it survives its own death, not the machine's.
 
     `kill` ends all of its processes at once. PostgreSQL refuses to run as root, so that root runs
     it as `nobody`.
@@ -222,7 +222,6 @@ class PostgresServer(Server):
             "shared_buffers": "64MB",
             "dynamic_shared_memory_type": "mmap",  # leaves nothing in /dev/shm when killed
             "fsync": "off",
-            "synchronous_commit": "off",
             "full_page_writes": "off",
         }
         flags = [word for key, value in settings.items() for word in ("-c", f"{key}={value}")]
