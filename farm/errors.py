@@ -97,6 +97,11 @@ class RowError:
         return f"line {self.line}: {self.field}: {self.expected} (got {self.got})"
 
 
+def things_wrong(n: int) -> str:
+    """`1 thing is wrong`, `2 things are wrong`."""
+    return "1 thing is wrong" if n == 1 else f"{n:,} things are wrong"
+
+
 class InvalidPromptFile(Invalid):
     """The prompt file has bad lines; nothing was accepted."""
 

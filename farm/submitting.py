@@ -15,7 +15,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict
 
-from farm.errors import InvalidPromptFile, KeyReused, QuotaExceeded, RowError, SubmitInProgress
+from farm.errors import (
+    InvalidPromptFile,
+    KeyReused,
+    QuotaExceeded,
+    RowError,
+    SubmitInProgress,
+    things_wrong,
+)
 from farm.spec import FIELDS, NewJob
 from farm.store import batches, intake, jobs, owners
 from farm.store.batches import Made, Once
@@ -230,8 +237,7 @@ class _Submit:
     def _finish(self) -> None:
         told = self._told
         if told.bad and not self._plan.eager:
-            what = "1 thing is wrong" if told.bad == 1 else f"{told.bad:,} things are wrong"
-            raise InvalidPromptFile(f"{what}; nothing was queued", told.errors)
+            raise InvalidPromptFile(f"{things_wrong(told.bad)}; nothing was queued", told.errors)
         if not told.total:
             what = "no row of it is good" if told.bad else "there is no prompt in it"
             raise InvalidPromptFile(f"{what}; nothing was queued", told.errors)

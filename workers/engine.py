@@ -94,6 +94,13 @@ class Watch(Protocol):
         """
 
 
+class NoWatch:
+    """Nobody looks: the Watch of an engine's own first picture."""
+
+    def step(self, done: int, total: int) -> None:
+        pass
+
+
 class Engine(Protocol):
     """Made as `TheEngine(config: EngineConfig)`; used from one thread."""
 

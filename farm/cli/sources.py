@@ -21,7 +21,7 @@ from farm.cli.output import (
     print_line,
     short,
 )
-from farm.errors import Invalid, InvalidPromptFile, RowError, by_code
+from farm.errors import Invalid, InvalidPromptFile, RowError, by_code, things_wrong
 from farm.units import show_size
 
 if TYPE_CHECKING:
@@ -176,8 +176,7 @@ def show_preview(found: Preview, as_json: bool) -> None:
             print_line(f"  {short(sample['prompt'], 70)}  ({told})")
         print_line(_estimate(found))
     if found.bad:
-        what = "1 thing is wrong" if found.bad == 1 else f"{found.bad:,} things are wrong"
-        raise InvalidPromptFile(what, found.errors)
+        raise InvalidPromptFile(things_wrong(found.bad), found.errors)
 
 
 def _estimate(found: Preview) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, select
 
 from farm.catalog import Lane
 from farm.pinning import Demand
-from farm.store.tables import batches, counts, now, sessions
-from farm.store.turns import claimable
+from farm.store import figures
+from farm.store.sessions import IS_LIVE
+from farm.store.tables import now, sessions
 
 PICTURE_S, LOAD_S = 5.0, 60.0  # where nothing was measured yet
 
@@ -32,32 +33,20 @@ def demands(
 
     Each table is read once: the open batches' counters, and each lane's latest sessions.
     """
-    query = (
-        select(
-            counts.c.model,
-            counts.c.asked_engine,
-            func.sum(counts.c.queued).label("queued"),
-            func.max(batches.c.priority).label("priority"),
-            (now() - func.min(batches.c.created_at)).label("waiting_s"),
-        )
-        .join(batches, counts.c.batch_id == batches.c.id)
-        .where(counts.c.queued > 0, claimable())
-        .group_by(counts.c.model, counts.c.asked_engine)
-    )
-    waiting = {(row.model, row.asked_engine): row for row in connection.execute(query)}
+    waiting = {(told.model, told.engine): told for told in figures.waiting(connection)}
     found = []
     for lane in lanes:
         mine = [waiting[key] for key in ((lane.model, ""), tuple(lane)) if key in waiting]
         known = _known(connection, lane, but)
-        waited = max((row.waiting_s for row in mine), default=0.0)
+        waited = max((told.oldest_s for told in mine), default=0.0)
         if known.served_s is not None:
             waited = min(waited, known.served_s)
         found.append(
             Demand(
                 lane=lane,
-                queued=sum(int(row.queued) for row in mine),
+                queued=sum(told.queued for told in mine),
                 waiting_s=0.0 if known.workers else waited,
-                priority=max((row.priority for row in mine), default=0),
+                priority=max((told.priority for told in mine), default=0),
                 picture_s=known.picture_s,
                 load_s=known.load_s,
                 workers=known.workers,
@@ -68,9 +57,8 @@ def demands(
 
 def _known(connection: Connection, lane: Lane, but: tuple[str, int] | None) -> _Known:
     known = _Known()
-    live = sessions.c.closed_at.is_(None) & (sessions.c.expires_at >= now())
     query = (
-        select(sessions, live.label("live"), (now() - sessions.c.heartbeat_at).label("ago"))
+        select(sessions, IS_LIVE.label("live"), (now() - sessions.c.heartbeat_at).label("ago"))
         .where(sessions.c.model == lane.model, sessions.c.engine == lane.engine)
         .order_by(sessions.c.opened_at.desc())
         .limit(64)

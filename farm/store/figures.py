@@ -21,6 +21,7 @@ class Waiting(NamedTuple):
     engine: str
     queued: int
     oldest_s: float  # since the oldest of its batches was submitted
+    priority: int  # the highest of its batches
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,15 @@ def waiting(connection: Connection) -> list[Waiting]:
             counts.c.asked_engine,
             func.sum(counts.c.queued),
             now() - func.min(batches.c.created_at),
+            func.max(batches.c.priority),
         )
         .join(batches, counts.c.batch_id == batches.c.id)
         .where(counts.c.queued > 0, claimable())
         .group_by(counts.c.model, counts.c.asked_engine)
     )
     return [
-        Waiting(row[0], row[1], int(row[2]), float(row[3])) for row in connection.execute(query)
+        Waiting(model, engine, int(queued), float(oldest_s), priority)
+        for model, engine, queued, oldest_s, priority in connection.execute(query)
     ]
 
 

@@ -15,7 +15,7 @@ from farm.store.tables import is_state, jobs, now, sessions
 
 AWAY_S = 300.0  # a worker that restarts is waited for
 _RUNNING = is_state(JobState.RUNNING)
-_LIVE = and_(sessions.c.closed_at.is_(None), sessions.c.expires_at >= now())
+IS_LIVE = and_(sessions.c.closed_at.is_(None), sessions.c.expires_at >= now())
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def live(connection: Connection) -> list[Worker]:
     """Workers whose session is open and not expired."""
     query = (
         select(sessions, (now() - sessions.c.heartbeat_at).label("silent_s"))
-        .where(_LIVE)
+        .where(IS_LIVE)
         .order_by(sessions.c.model, sessions.c.engine, sessions.c.opened_at)
     )
     names = Worker.__dataclass_fields__
@@ -213,7 +213,7 @@ def live_lanes(connection: Connection) -> dict[Lane, int]:
     """How many workers serve each lane now."""
     query = (
         select(sessions.c.model, sessions.c.engine, func.count())
-        .where(_LIVE)
+        .where(IS_LIVE)
         .group_by(sessions.c.model, sessions.c.engine)
     )
     return {Lane(model, engine): n for model, engine, n in connection.execute(query)}

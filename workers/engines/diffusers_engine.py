@@ -35,7 +35,7 @@ from farm.errors import (
     PictureBlocked,
 )
 from farm.spec import JobSpec
-from workers.engine import NO_INPUTS, EngineConfig, EngineInfo, Inputs, Pixels, Watch, said
+from workers.engine import NO_INPUTS, EngineConfig, EngineInfo, Inputs, NoWatch, Pixels, Watch, said
 from workers.engines import diffusers_kinds as kinds
 from workers.engines.diffusers_failures import translated
 from workers.engines.diffusers_kinds import Pictures, Pipeline, Pipelines
@@ -221,7 +221,7 @@ class DiffusersEngine:
         job = self._test_job(SELF_TEST_SIDE)
         where = self._config.weights.path or self._config.weights.repo
         try:
-            floats = self.render_floats([job], _NoWatch())
+            floats = self.render_floats([job], NoWatch())
         except Exception as error:
             raise ModelNotLoaded(
                 f"{where}: the first test picture failed, {said(error)}"
@@ -246,7 +246,7 @@ class DiffusersEngine:
 
     def _render_alike(self, count: int) -> None:
         """So many pictures of the model's own size at once, to see what memory they take."""
-        self.render_floats([self._test_job(default_side(self._pipe))] * count, _NoWatch())
+        self.render_floats([self._test_job(default_side(self._pipe))] * count, NoWatch())
 
     def _versions(self, device: str) -> dict[str, str]:
         found = {**versions(), "dtype": dtype_told(self._pipe), **self._easing.told()}
@@ -266,11 +266,6 @@ class _Part:
 
     def step(self, done: int, total: int) -> None:
         self._watch.step(self._number * total + done, self._parts * total)
-
-
-class _NoWatch:
-    def step(self, done: int, total: int) -> None:
-        pass
 
 
 def to_pixels(images: torch.Tensor) -> list[Pixels]:

@@ -33,7 +33,7 @@ from farm.errors import (
 )
 from farm.samplers import SAMPLERS
 from farm.spec import JobSpec, describe, row_errors
-from workers.engine import NO_INPUTS, EngineConfig, EngineInfo, Inputs, Pixels, Watch
+from workers.engine import NO_INPUTS, EngineConfig, EngineInfo, Inputs, NoWatch, Pixels, Watch
 from workers.engines.checkpoint_files import Tensor, checked_tensors
 from workers.engines.input_pictures import init_picture, mask_picture
 from workers.engines.memory_limit import limit_memory
@@ -135,7 +135,7 @@ class SdcppEngine:
             seed=0,
         )
         try:
-            pixels = self._picture(job, _NoWatch())
+            pixels = self._picture(job, NoWatch())
         except FarmError as error:
             raise ModelNotLoaded(
                 f"{where}: the first test picture failed, {error.message}"
@@ -258,11 +258,6 @@ class SdcppEngine:
                 f"the next is {width}x{height}"
             )
         return None
-
-
-class _NoWatch:
-    def step(self, done: int, total: int) -> None:
-        pass
 
 
 def _up(side: int, multiple: int) -> int:
