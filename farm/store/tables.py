@@ -149,6 +149,7 @@ jobs = Table(
     Column("cancel_requested", Boolean, nullable=False, server_default=text("false")),
     Column("not_before", Double),
     Column("needs_memory", BigInteger),  # more bytes than these, which did not suffice
+    Column("avoid_session", String(32)),  # it failed there last: others first
     Column("finished_at", Double),
     Column("object_key", Text),
     Column("sha256", String(64)),
@@ -303,6 +304,7 @@ sessions = Table(
     # and what a lack of memory taught it
     Column("rendered", Integer, nullable=False, server_default="0"),
     Column("stored_bytes", BigInteger, nullable=False, server_default="0"),
+    Column("spooled", Integer, nullable=False, server_default="0"),  # pictures held on its disk
     Column("seconds_per_picture", Float),
     Column("opened_at", Double, nullable=False),
     Column("heartbeat_at", Double, nullable=False),
