@@ -97,6 +97,9 @@ class Settings(BaseSettings):
         2**30, gt=0, description="bytes of the largest prompt file that the HTTP API takes"
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = Field(
+        "text", description="lines of workers, dispatchers and the HTTP server: text or json"
+    )
 
     @classmethod
     def settings_customise_sources(

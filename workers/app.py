@@ -18,6 +18,7 @@ from celery import signals
 from celery.platforms import SecurityWarning
 from celery.worker import state as celery_state
 
+from farm import logs
 from farm.broker import TASK, Broker
 from farm.catalog import Catalog, Lane, load_catalog
 from farm.config import load_settings
@@ -65,12 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(args: argparse.Namespace, engine_log: Path) -> int:
     settings = load_settings()
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
+    lane = Lane(args.model, args.engine)
+    logs.begin(settings.log_level, settings.log_format, role="worker", lane=":".join(lane))
     warnings.simplefilter("ignore", SecurityWarning)  # of root and pickle; ours is JSON only
     logging.getLogger("celery").setLevel(max(logging.WARNING, logging.root.level))
-    lane = Lane(args.model, args.engine)
     catalog = load_catalog(settings.catalog_path, settings.models_path)
     weights, need = catalog.weights(lane), catalog.get(lane.model).memory_gb
     config = EngineConfig(

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from farm import dispatch
+from farm import dispatch, logs
 from farm.catalog import Lane
 from farm.errors import EnvironmentFault
 from farm.store import jobs
@@ -78,6 +78,6 @@ class Claims:
                 strays = [c for c in held if (c.ref, c.claim_no) not in self._known]
             jobs.lock(connection, strays)
             for claim in strays:
-                log.warning("job %s is held but unknown here; it goes back", claim.ref)
+                log.warning("a job is held but unknown here; it goes back", extra=logs.about(claim))
                 give_back(connection, claim, "its claim was never answered")
         self._sweep_at = time.monotonic() + SWEEP_S

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from farm import logs
 from farm.catalog import Lane
 from farm.errors import DatabaseUnavailable
 from farm.store import sessions
@@ -76,6 +77,7 @@ class Heart:
                 info=info,
             )
         self._known_info = info
+        logs.always(worker=self.session_id)
         log.info("session %s serves %s", self.session_id, self._lane.queue)
 
     def _run(self) -> None:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from farm import logs
 from farm.blobs import BlobStore
 from farm.errors import EnvironmentFault, FarmError, RenderFailed, StorageUnavailable
 from farm.pictures import CONTENT_TYPES, Origin, encode, object_key, sha256
@@ -94,7 +95,7 @@ class Keeper:
         except FarmError as error:
             self._recorder.failure(one.claim, error)
         except Exception as error:
-            log.exception("job %s: the picture could not be made a file", one.claim.ref)
+            log.exception("a picture could not be made a file", extra=logs.about(one.claim))
             what = f"the picture could not be stored: {type(error).__name__}: {error}"
             self._recorder.failure(one.claim, RenderFailed(what))
         return None
@@ -132,7 +133,7 @@ class Keeper:
             self._pool.submit(self._drop, claim, picture)
 
     def _drop(self, claim: Claim, picture: Picture) -> None:
-        log.info("job %s was given to another; its picture is dropped", claim.ref)
+        log.info("a job was given to another; its picture is dropped", extra=logs.about(claim))
         try:
             self._blobs.delete([picture.object_key])
         except EnvironmentFault as error:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import Connection
 
+from farm import logs
 from farm.config import Settings
 from farm.errors import DatabaseUnavailable, FarmError, RenderFailed
 from farm.store import jobs
@@ -135,6 +136,7 @@ class Recorder:
                 if claim.ref not in recorded:
                     self._lost(claim, picture)
             self._settled(group.ended())
+            _tell(group)
         except Exception:
             log.exception("after a record")
 
@@ -172,8 +174,16 @@ class Recorder:
             try:
                 self._record(single)
             except Exception as error:
-                log.exception("job %s could not be recorded", claim.ref)
+                log.exception("a job could not be recorded", extra=logs.about(claim))
                 what = RenderFailed(f"could not be recorded: {type(error).__name__}")
                 with suppress(Exception):  # else the runner's sweep gives it back
                     self._record(_Group(failures=[(claim, what)]))
                 self._settled([claim])
+
+
+def _tell(group: _Group) -> None:
+    for claim, error in group.failures:
+        log.warning("%s: %s", error.code, error.message, extra=logs.about(claim))
+    if log.isEnabledFor(logging.DEBUG):
+        for claim, picture in group.pictures:
+            log.debug("stored %s", picture.object_key, extra=logs.about(claim))

@@ -51,6 +51,14 @@ def set_logging(level: str) -> None:
         logging.getLogger("alembic").setLevel("WARNING")
 
 
+def log_service(conf: Settings, role: str) -> None:
+    """Log as a service does, unless -v or -q say how."""
+    from farm import logs
+
+    if not options.verbose and not options.quiet:
+        logs.begin(conf.log_level, conf.log_format, role=role)
+
+
 class _LogLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return f"{record.levelname.lower()}: {super().format(record)}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farm.cli.context import examples, options, set_logging, settings
+from farm.cli.context import examples, log_service, options, settings
 from farm.cli.output import hint, note
 from farm.errors import DatabaseUnavailable, Invalid, InvalidConfig
 
@@ -167,8 +167,7 @@ def worker(
 def _run_auto(conf: Settings, lanes: list[Lane], flags: WorkerFlags) -> None:
     from farm.auto import AutoWorker
 
-    if not options.verbose and not options.quiet:
-        set_logging(conf.log_level)
+    log_service(conf, "auto")
     stop = _stop_on_signals()
     note(f"choosing from {', '.join(f'{model}:{engine}' for model, engine in lanes)}")
     AutoWorker(conf, lanes, flags, say=note).run(stop)
@@ -205,8 +204,7 @@ def dispatcher() -> None:
     from farm.service import Farm
 
     conf = settings()
-    if not options.verbose and not options.quiet:
-        set_logging(conf.log_level)
+    log_service(conf, "dispatcher")
     stop = _stop_on_signals()
     with Farm(conf) as farm:
         _await_schema(farm, stop)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from farm.cli.context import Json, examples, open_farm, options, set_logging
+from farm.cli.context import Json, examples, log_service, open_farm
 from farm.cli.output import hint, moment, note, print_json, print_line, print_table
 from farm.errors import InvalidConfig
 
@@ -37,8 +37,7 @@ def serve(
     from farm.http.run import serve as run
 
     with open_farm() as farm:
-        if not options.verbose and not options.quiet:
-            set_logging(farm.settings.log_level)
+        log_service(farm.settings, "http")
         run(farm, host, port, note)
 
 

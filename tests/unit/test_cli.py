@@ -581,7 +581,7 @@ def test_db(run: Run) -> None:
     assert (empty.code, empty.json()["current"]) == (1, None)
     assert run("db", "upgrade").code == 0
     current = run("db", "current")
-    assert (current.code, current.out) == (0, "0001\n")
+    assert (current.code, current.out) == (0, "0002\n")
     assert "already" in run("db", "upgrade").err
 
 
