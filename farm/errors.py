@@ -28,7 +28,9 @@ FarmError                       code, a sentence that a person can act on
 |-- EngineFault                 the child is replaced, the jobs it had started are suspects
 |   |-- EngineCrashed           ERR_ENGINE_CRASHED
 |   |-- EngineHung              ERR_ENGINE_HUNG
+|   |-- EngineKilled            ERR_ENGINE_KILLED    from outside: nobody knows whose fault it was
 |   `-- WorkerLost              ERR_WORKER_LOST      its session expired
+|-- JobGivenBack                ERR_GIVEN_BACK       nobody's fault; it is free at once
 |-- JobCancelled                ERR_CANCELLED        a person asked for it
 `-- JobExpired                  ERR_EXPIRED          its batch's deadline passed before it began
 """
@@ -238,10 +240,22 @@ class EngineHung(EngineFault):
     code = "ERR_ENGINE_HUNG"
 
 
+class EngineKilled(EngineFault):
+    """The engine's process was killed from outside, by a person or for the machine's memory."""
+
+    code = "ERR_ENGINE_KILLED"
+
+
 class WorkerLost(EngineFault):
     """The worker that held the job fell silent; its session expired."""
 
     code = "ERR_WORKER_LOST"
+
+
+class JobGivenBack(FarmError):
+    """The worker gave the job back unrendered; no failure is counted."""
+
+    code = "ERR_GIVEN_BACK"
 
 
 class JobCancelled(FarmError):

@@ -8,10 +8,12 @@ from farm.catalog import Lane
 from farm.config import Settings
 from farm.errors import (
     EngineFault,
+    EngineKilled,
     EnvironmentFault,
     FarmError,
     Invalid,
     JobCancelled,
+    JobGivenBack,
     OutOfMemory,
     WorkerLost,
 )
@@ -20,6 +22,8 @@ from farm.store.jobs import Claim
 from farm.units import show_size
 
 MAX_DELAY_S = 300.0
+FROM_OUTSIDE = (EngineKilled, WorkerLost)
+"""What may have struck any job: a suspect that meets it again has the rest of its tries."""
 
 
 def settle_failure(
@@ -35,12 +39,16 @@ def settle_failure(
     delay = min(settings.retry_delay_s * 2.0**held.failures, MAX_DELAY_S)
     if isinstance(error, EnvironmentFault):
         return jobs.requeue(connection, held, error, delay_s=delay)
-    killer = held.suspect and isinstance(error, EngineFault) and not isinstance(error, WorkerLost)
-    if killer or held.failures + 1 >= settings.max_failures:
+    quarantined = held.suspect and _is_own_doing(error)
+    if quarantined or held.failures + 1 >= settings.max_failures:
         return jobs.fail(connection, held, error)
     if isinstance(error, EngineFault):
         return jobs.requeue(connection, held, error, count=True, suspect=True)
     return jobs.requeue(connection, held, error, count=True, delay_s=delay)
+
+
+def _is_own_doing(error: FarmError) -> bool:
+    return isinstance(error, EngineFault) and not isinstance(error, FROM_OUTSIDE)
 
 
 def _settle_out_of_memory(connection: Connection, held: Claim, error: OutOfMemory) -> bool:
@@ -55,4 +63,4 @@ def _settle_out_of_memory(connection: Connection, held: Claim, error: OutOfMemor
 
 def give_back(connection: Connection, held: Claim, why: str) -> bool:
     """Return a job that is nobody's fault: no failure counted, free at once."""
-    return jobs.requeue(connection, held, FarmError(why))
+    return jobs.requeue(connection, held, JobGivenBack(why))

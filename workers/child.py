@@ -23,7 +23,15 @@ from pathlib import Path
 
 import numpy as np
 
-from farm.errors import EngineCrashed, EngineHung, InvalidParameter, JobCancelled, by_code
+from farm.errors import (
+    EngineCrashed,
+    EngineFault,
+    EngineHung,
+    EngineKilled,
+    InvalidParameter,
+    JobCancelled,
+    by_code,
+)
 from farm.spec import JobSpec
 from workers import child_main
 from workers.engine import NO_INPUTS, EngineConfig, EngineInfo, Inputs
@@ -107,7 +115,7 @@ class Child:
     def start(self) -> EngineInfo:
         """A new process with the model loaded; a process still there is killed first.
 
-        Raises ModelNotLoaded, InvalidConfig, EngineCrashed or EngineHung.
+        Raises ModelNotLoaded, InvalidConfig and EngineFault.
         """
         self._release()
         self._open = 0
@@ -166,8 +174,8 @@ class Child:
 
         `inputs`: the files of the input pictures that the jobs name, by key.
         Each job ends in exactly one Rendered, Failed or GivenBack, unless the process dies: then
-        EngineCrashed or EngineHung is raised after the events that came before. If the events are
-        not read to their end, the jobs left are cancelled.
+        EngineCrashed, EngineKilled or EngineHung is raised after the events that came before. If
+        the events are not read to their end, the jobs left are cancelled.
         """
         if len({spec.key for spec in specs}) > 1:
             raise InvalidParameter("a bundle holds jobs of one compatibility key only")
@@ -202,7 +210,7 @@ class Child:
             while self._open:
                 try:
                     message = self._receive(self._step_timeout_s, "during a render")
-                except EngineCrashed:
+                except EngineFault:
                     if not self._ending:
                         raise
                     yield from self._replaced()
@@ -274,7 +282,7 @@ class Child:
             ):
                 for event in _events_of(message):
                     self._note(event)
-        except EngineCrashed:
+        except EngineFault:
             if not self._ending:
                 raise
         self._open = 0
@@ -325,7 +333,12 @@ class Child:
         if not self._ending:
             self._open = 0
 
-    def _crash(self, code: int | None, when: str) -> EngineCrashed:
+    def _crash(self, code: int | None, when: str) -> EngineFault:
+        if code == -signal.SIGKILL:
+            return EngineKilled(
+                f"the engine's process was killed by SIGKILL {when}: by the kernel, when memory "
+                f"runs out (see dmesg), or by a person{self._last_words()}"
+            )
         how = f"ended with status {code}"
         if code is not None and code < 0:
             how = f"was killed by {signal.Signals(-code).name}"

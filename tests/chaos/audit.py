@@ -118,7 +118,7 @@ def _count_events(told: Audit, farm: Farm) -> None:
     with farm.db.read() as connection:
         told_of = select(events.c.kind, events.c.code, events.c.message)
         for kind, code, message in connection.execute(told_of):
-            why = (message or "").split(";")[0][:60] if code == "ERR_INTERNAL" else ""
+            why = (message or "").split(";")[0][:60] if code == "ERR_GIVEN_BACK" else ""
             told.given_back[" ".join(filter(None, (kind, code, why)))] += 1
 
 

@@ -17,12 +17,15 @@ from farm.dispatch import claim_bundle
 from farm.errors import (
     DatabaseUnavailable,
     EngineCrashed,
+    EngineKilled,
+    FarmError,
     InvalidConfig,
     InvalidPrompt,
     JobCancelled,
     NotFound,
     RenderFailed,
     StorageUnavailable,
+    WorkerLost,
 )
 from farm.reconcile import reconcile, remove_abandoned
 from farm.states import TRANSITIONS, JobState
@@ -208,6 +211,7 @@ def test_the_same_session_with_an_older_claim_is_a_ghost_too(kit: Kit) -> None:
         (StorageUnavailable("away"), {"queued": 1}, 0),
         (RenderFailed("odd"), {"queued": 1}, 1),
         (EngineCrashed("abort"), {"queued": 1}, 1),
+        (EngineKilled(), {"queued": 1}, 1),
         (JobCancelled(), {"queued": 1}, 0),
     ],
 )
@@ -247,6 +251,19 @@ def test_a_suspect_runs_alone_and_is_failed_if_it_kills_again(kit: Kit) -> None:
     with kit.db.read() as connection:
         job = reads.job(connection, JobRef(batch, 0))
     assert (job.error_code, job.error) == ("ERR_ENGINE_CRASHED", "SIGABRT")
+
+
+@pytest.mark.parametrize("error", [EngineKilled("SIGKILL"), WorkerLost()])
+def test_what_struck_from_outside_uses_up_a_suspects_tries(kit: Kit, error: FarmError) -> None:
+    batch = kit.batch(spec())
+    for attempt in range(SETTINGS.max_failures):
+        (held,) = kit.claim(batch, kit.session())
+        assert held.suspect is (attempt > 0)
+        with kit.db.write() as connection:
+            assert settle_failure(connection, held, error, SETTINGS)
+    with kit.db.read() as connection:
+        job = reads.job(connection, held.ref)
+    assert (job.state, job.error_code, job.error) == ("failed", error.code, error.message)
 
 
 def test_cancel_before_and_during(kit: Kit) -> None:

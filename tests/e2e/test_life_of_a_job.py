@@ -120,7 +120,7 @@ def test_kill_during_a_render(kit: FarmKit, victim: str) -> None:
     assert 1 <= len(retried) <= 4, "only the jobs whose render had begun are suspects"
     for job in retried:
         codes = {event["code"] for event in kit.farm.history(job.ref)}
-        assert codes <= {"ERR_ENGINE_CRASHED", "ERR_WORKER_LOST"}
+        assert codes <= {"ERR_ENGINE_KILLED", "ERR_WORKER_LOST"}
 
 
 def test_a_succeeded_job_always_has_its_object(kit: FarmKit) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from farm.errors import EngineCrashed, ModelNotLoaded
+from farm.errors import EngineCrashed, EngineKilled, ModelNotLoaded
 from farm.spec import JobSpec
 from tests.unit.test_child import config, ends, error_of, spec, started
 from workers.child import Child
@@ -148,7 +148,7 @@ def test_a_kill_on_the_ladder_loses_nothing_learnt(make: Make) -> None:
                 assert child.pid
                 os.kill(child.pid, signal.SIGKILL)
 
-    with pytest.raises(EngineCrashed, match="SIGKILL"):
+    with pytest.raises(EngineKilled, match="SIGKILL"):
         until_eased()
     assert ends(seen) == {}
     assert child.start().micro_batch == 1
