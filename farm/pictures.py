@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from farm.spec import JobSpec
-from farm.store.ids import JobRef
+from farm.store.ids import SESSION_PART, JobRef
 
 CONTENT_TYPES = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
 EXTENSIONS = {"png": "png", "webp": "webp", "jpeg": "jpg"}
@@ -42,9 +42,14 @@ class Origin:
     loras: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of each, by name
 
 
-def object_key(ref: JobRef, claim_no: int, form: str) -> str:
-    """The blob key of a job's picture; no other claim ever writes it."""
-    return f"pictures/{ref.batch_id}/{ref.idx:07d}-{claim_no}.{EXTENSIONS[form]}"
+def object_key(ref: JobRef, claim_no: int, session_id: str, form: str) -> str:
+    """The blob key of a job's picture; no other claim ever writes it.
+
+    Part of the session stands in it, for a number can come twice: a database that lost its last
+    commits, as a fail-over to an asynchronous replica may, counts on from an older one.
+    """
+    claim = f"{ref.idx:07d}-{claim_no}-{session_id[:SESSION_PART]}"
+    return f"pictures/{ref.batch_id}/{claim}.{EXTENSIONS[form]}"
 
 
 def parameters(spec: JobSpec, origin: Origin) -> str:

@@ -103,7 +103,7 @@ class Keeper:
     def _stored(self, claim: Claim, pixels: Any, render_s: float) -> Picture:
         spec, origin = claim.spec, self._origin
         data = encode(pixels.tobytes(), spec, origin)
-        key = object_key(claim.ref, claim.claim_no, spec.format)
+        key = object_key(claim.ref, claim.claim_no, claim.session_id, spec.format)
         self._put(key, data, CONTENT_TYPES[spec.format])
         return Picture(key, sha256(data), len(data), render_s, self._fingerprints.of(spec))
 

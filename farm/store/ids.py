@@ -32,16 +32,29 @@ class JobRef(NamedTuple):
         return cls(match[1], int(match[2]))
 
 
-_PICTURE = re.compile(r"pictures/([0-9a-z]{16})/(\d{7,9})-(\d{1,9})\.[a-z]{3,4}")
+SESSION_PART = 8  # of a session's 32 hexadecimal digits stand in the keys of its pictures
+_PICTURE = re.compile(
+    rf"pictures/([0-9a-z]{{16}})/(\d{{7,9}})-(\d{{1,9}})(?:-([0-9a-f]{{{SESSION_PART}}}))?\.[a-z]{{3,4}}"
+)
 
 
-def claim_in(object_key: str) -> tuple[JobRef, int] | None:
-    """The job and the claim that a picture was rendered for, as its key tells.
+class KeyClaim(NamedTuple):
+    """The claim that a picture was rendered under, as its key tells.
 
-    None for a key that `pictures.object_key` does not make.
+    `session`: the beginning of the session's id; empty in keys of release 0.1, which lack it.
     """
+
+    ref: JobRef
+    claim_no: int
+    session: str
+
+
+def claim_in(object_key: str) -> KeyClaim | None:
+    """The claim that a picture was rendered under; None for a key that no claim makes."""
     match = _PICTURE.fullmatch(object_key)
-    return (JobRef(match[1], int(match[2])), int(match[3])) if match else None
+    if not match:
+        return None
+    return KeyClaim(JobRef(match[1], int(match[2])), int(match[3]), match[4] or "")
 
 
 def new_batch_id() -> str:

@@ -12,11 +12,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, delete, func, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    FromClause,
+    Row,
+    and_,
+    delete,
+    func,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
 from farm.states import FINAL_STATES, JobState
-from farm.store.ids import claim_in
+from farm.store.ids import SESSION_PART, KeyClaim, claim_in
 from farm.store.jobs import counter_of
 from farm.store.rows import rows
 from farm.store.tables import (
@@ -145,20 +156,51 @@ def named_pictures(connection: Connection, keys: Iterable[str]) -> set[str]:
     A picture is named by the job that it was rendered for, and by those that were linked to it.
     A key that no job can have made counts as named.
     """
-    found = {key: claim_in(key) for key in keys}
-    strange = {key for key, claim in found.items() if claim is None}  # left alone
-    given = [(key, *claim[0], claim[1]) for key, claim in found.items() if claim]
-    if not given:
+    claims = {key: claim_in(key) for key in keys}
+    strange = {key for key, claim in claims.items() if claim is None}  # left alone
+    if len(strange) == len(claims):
         return strange
-    names = (jobs.c.object_key, jobs.c.batch_id, jobs.c.idx, jobs.c.claim_no)
-    asked = rows(connection, names, given)
-    same = and_(jobs.c.batch_id == asked.c.batch_id, jobs.c.idx == asked.c.idx)
-    under_way = and_(is_state(JobState.RUNNING), jobs.c.claim_no == asked.c.claim_no)
-    own = select(asked.c.object_key).join(jobs, same)
-    own = own.where(or_(jobs.c.object_key == asked.c.object_key, under_way))
+    asked, owner = _asked(connection, claims)
+    own = select(asked.c.object_key).join(jobs, owner)
+    own = own.where(or_(jobs.c.object_key == asked.c.object_key, _under_way(asked)))
     linked = select(asked.c.object_key).join(jobs, jobs.c.object_key == asked.c.object_key)
     linked = linked.where(_LINKED).distinct()
     return strange.union(connection.scalars(own), connection.scalars(linked))
+
+
+def passed_pictures(connection: Connection, keys: Iterable[str]) -> set[str]:
+    """Those of the keys that no job names, nor ever will: the claim is over, however young it is.
+
+    Of a job that is there, whose last claim is this one or a later one. What a batch left that is
+    not known here is not among them: it may be another farm's.
+    """
+    keys = list(keys)
+    named = named_pictures(connection, keys)
+    claims = {key: claim_in(key) for key in keys if key not in named}
+    if not claims:
+        return set()
+    asked, owner = _asked(connection, claims)
+    over = select(asked.c.object_key).join(jobs, owner)
+    return set(connection.scalars(over.where(jobs.c.claim_no >= asked.c.claim_no)))
+
+
+def _asked(
+    connection: Connection, claims: Mapping[str, KeyClaim | None]
+) -> tuple[FromClause, ColumnElement[bool]]:
+    """Keys and the claims in them as a relation, and how it is joined to the jobs."""
+    names = ("object_key", "batch_id", "idx", "claim_no", "session_id")
+    given = [
+        (key, *claim.ref, claim.claim_no, claim.session) for key, claim in claims.items() if claim
+    ]
+    asked = rows(connection, [jobs.c[name] for name in names], given)
+    return asked, and_(jobs.c.batch_id == asked.c.batch_id, jobs.c.idx == asked.c.idx)
+
+
+def _under_way(asked: FromClause) -> ColumnElement[bool]:
+    """The job is still held under this very claim."""
+    theirs = func.substr(jobs.c.session_id, 1, SESSION_PART)
+    mine = or_(asked.c.session_id == "", asked.c.session_id == theirs)
+    return and_(is_state(JobState.RUNNING), jobs.c.claim_no == asked.c.claim_no, mine)
 
 
 def named_inputs(connection: Connection, keys: Sequence[str]) -> set[str]:

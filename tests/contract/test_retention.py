@@ -64,7 +64,7 @@ class Shop(Kit):
         return [claim for claim in bundle if claim not in sources or claim.ref in gone]
 
     def _picture(self, claim: Claim) -> Picture:
-        key = object_key(claim.ref, claim.claim_no, "png")
+        key = object_key(claim.ref, claim.claim_no, claim.session_id, "png")
         data = claim.spec.prompt.encode()
         self.blobs.put(key, data, "image/png")
         return Picture(key, "0" * 64, len(data), 0.1, _fingerprint(claim.spec))
@@ -99,7 +99,8 @@ def shop(database_url: str, tmp_path: Path) -> Iterator[Shop]:
 def test_the_key_of_a_picture_tells_its_claim() -> None:
     ref = JobRef("0123456789abcdef", 12_345_678)
     for form in ("png", "jpeg", "webp"):
-        assert claim_in(object_key(ref, 3, form)) == (ref, 3)
+        assert claim_in(object_key(ref, 3, "5e" * 16, form)) == (ref, 3, "5e5e5e5e")
+    assert claim_in(f"pictures/{ref.batch_id}/{ref.idx}-3.png") == (ref, 3, "")  # release 0.1
     for strange in ("pictures/x.png", "inputs/ab.png", "pictures/0123456789abcdef/x-1.png"):
         assert claim_in(strange) is None
 
@@ -289,9 +290,9 @@ def orphaned(
     shop.blobs.put("notes/mine.txt", b"another's", "text/plain")
     shop.blobs.put("pictures/strange.txt", b"another's", "text/plain")
     orphans = {
-        object_key(JobRef(kept, 0), 7, "png"),
-        object_key(JobRef(gone, 1), 1, "png"),
-        object_key(JobRef("0" * 16, 5), 1, "webp"),
+        object_key(JobRef(kept, 0), 7, "5e" * 16, "png"),
+        object_key(JobRef(gone, 1), 1, shop.session_id, "png"),
+        object_key(JobRef("0" * 16, 5), 1, "5e" * 16, "webp"),
         f"inputs/{'b' * 64}.webp",
     }
     for key in orphans:

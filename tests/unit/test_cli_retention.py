@@ -62,7 +62,7 @@ def done(farm: Farm, pictures: int, failing: int = 0) -> str:
             if claim.ref.idx < failing:
                 assert jobs.fail(connection, claim, OutOfMemory())
                 continue
-            key = object_key(claim.ref, claim.claim_no, "png")
+            key = object_key(claim.ref, claim.claim_no, claim.session_id, "png")
             farm.blobs.put(key, b"12345", "image/png")
             jobs.succeed(connection, [(claim, Picture(key, "0" * 64, 5, 0.1, f"{claim.ref}"))])
     return batch_id

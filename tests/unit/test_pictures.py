@@ -69,8 +69,8 @@ def test_what_a_job_has_beside_its_texts_stands_in_the_parameters() -> None:
 
 
 def test_keys_differ_by_claim_and_hold_nothing_from_a_prompt() -> None:
-    one, two = (object_key(JobRef("0abc", 17), n, "jpeg") for n in (1, 2))
-    assert one == "pictures/0abc/0000017-1.jpg"
+    one, two = (object_key(JobRef("0abc", 17), n, "5e" * 16, "jpeg") for n in (1, 2))
+    assert one == "pictures/0abc/0000017-1-5e5e5e5e.jpg"
     assert one != two
 
 
@@ -88,7 +88,7 @@ def test_download_is_whole_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     jobs = []
     for idx in range(5):
         data = encode(PIXELS.tobytes(), spec(PROMPT, seed=idx), ORIGIN)
-        key = object_key(JobRef("0abc", idx), 1, "png")
+        key = object_key(JobRef("0abc", idx), 1, "5e" * 16, "png")
         blobs.put(key, data, "image/png")
         jobs.append(job(idx, data, key))
     read = partial(fetch, blobs)
