@@ -23,6 +23,7 @@ from PIL import Image, UnidentifiedImageError
 
 from farm.blobs import BlobStore, check_key
 from farm.errors import BlobDamaged, BlobNotFound, Invalid, InvalidParameter
+from farm.picture_bounds import refuse_endless, refuse_scans
 from farm.spec import INPUT_FORMATS, INPUT_PATTERN, MAX_INPUT_PIXELS
 
 MAX_BYTES = 64 * 2**20
@@ -52,6 +53,7 @@ def picture_key(data: bytes) -> str:
 
 
 def _decoded(data: bytes) -> str:
+    refuse_endless(data)
     file = io.BytesIO(data)
     try:
         picture = Image.open(file, formats=INPUT_FORMATS)
@@ -63,6 +65,8 @@ def _decoded(data: bytes) -> str:
             raise InvalidParameter(
                 f"it has {picture.width}x{picture.height} pixels, more than {most}"
             )
+        if picture.format in ("JPEG", "MPO"):
+            refuse_scans(data, picture.width * picture.height)
         if picture.format != "MPO" and getattr(picture, "is_animated", False):
             raise InvalidParameter("it is animated; give one still picture")
         picture.load()

@@ -17,6 +17,8 @@ from urllib.request import getproxies, proxy_bypass
 from farm.errors import UntrustedModel
 
 _NAT64 = ip_network("64:ff9b::/96")  # RFC 6052: an IPv4 address stands in the last 32 bits
+_GLOBAL = ip_network("2000::/3")  # all that IANA has given out of IPv6 (RFC 4291, section 2.4)
+_EXAMPLES = ip_network("3fff::/20")  # RFC 9637; Python 3.11 does not know them
 
 
 def origin(url: str) -> tuple[str, str, int]:
@@ -51,6 +53,8 @@ def is_public(address: str) -> bool:
         inner = found.ipv4_mapped or found.sixtofour
         if found in _NAT64:
             inner = IPv4Address(int(found) & 0xFFFFFFFF)
+        if inner is None and (found not in _GLOBAL or found in _EXAMPLES):
+            return False  # also IPv4 in the forms of old, and what was site-local
         found = inner or found
     return found.is_global and not found.is_multicast
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,35 @@ def test_broken_and_hostile_files_are_refused(data: bytes) -> None:
     with pytest.raises(InvalidParameter, match=r"^it ") as caught:
         picture_key(data)
     assert len(caught.value.message) < 200
+
+
+CHUNK = struct.pack(">I4sI", 0, b"abCd", zlib.crc32(b"abCd"))
+JPEG = picture("JPEG")
+PROGRESSIVE = picture("JPEG", progressive=True)
+SCANS = PROGRESSIVE[PROGRESSIVE.index(b"\xff\xda") : -2]
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (picture()[:33] + CHUNK * 60_000 + picture()[33:], "PNG of more than"),
+        (picture()[:-12] + CHUNK * 60_000 + picture()[-12:], "PNG of more than"),
+        (JPEG[:2] + b"\xff\xe5\0\2" * 6_000 + JPEG[2:], "more than 5,000 segments"),
+        (JPEG[:2] + b"\xff" * 6_000 + JPEG[2:], "more than 5,000 segments"),
+        (PROGRESSIVE[:-2] + SCANS * 200 + b"\xff\xd9", "scans"),
+        (picture("JPEG", (7_000, 7_000), progressive=True)[:-2] + SCANS * 4, "scans"),
+    ],
+    ids=["chunks", "chunks at the end", "segments", "fill", "scans", "scans of a large one"],
+)
+def test_files_that_would_keep_a_decoder_busy_are_refused(data: bytes, why: str) -> None:
+    with pytest.raises(InvalidParameter, match=why):
+        picture_key(data)
+
+
+def test_large_pictures_of_many_pieces_are_taken() -> None:
+    assert picture_key(picture("JPEG", (7_000, 7_000), progressive=True))
+    assert picture_key(picture("JPEG", icc_profile=bytes(60_000 * 30)))
+    assert picture_key(picture()[:33] + CHUNK * 10_000 + picture()[33:])
 
 
 def test_without_a_base_no_local_file_is_read(blobs: Counted, tmp_path: Path) -> None:

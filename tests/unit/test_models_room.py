@@ -175,6 +175,9 @@ def test_a_plain_name_is_taken(name: str) -> None:
         ("169.254.169.254", False), ("100.64.0.1", False), ("0.0.0.0", False), ("::1", False),
         ("::ffff:10.0.0.1", False), ("fe80::1%eth0", False), ("fc00::1", False),
         ("64:ff9b::7f00:1", False), ("2002:7f00:1::", False), ("224.0.0.1", False), ("x", False),
+        ("::127.0.0.1", False), ("::ffff:0:10.0.0.1", False), ("64:ff9b:1::a00:1", False),
+        ("fec0::1", False), ("5f00::1", False), ("3fff::1", False), ("64:ff9b::808:808", True),
+        ("2001:0:7f00:1::", False), ("::ffff:169.254.169.254", False), ("fd00:ec2::254", False),
     ],
 )  # fmt: skip
 def test_which_addresses_are_public(address: str, public: bool) -> None:
