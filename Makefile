@@ -36,7 +36,7 @@ $(VENV)/.dev: $(VENV)/.farm
 		$(PIP) install $(QUIET) --editable '.[embedded,diffusers,models,http,client,server,sdcpp,dataset]' --group dev
 	@touch $@
 
-.PHONY: install sdcpp demo test test-unit lint format bench fuzz chaos demo-model clean
+.PHONY: install sdcpp demo test test-unit lint format bench fuzz chaos soak demo-model clean
 install: $(VENV)/.farm ## Install the farm and the diffusers engine into .venv
 
 # Always built anew: pip's cache of wheels does not tell one build from another.
@@ -70,6 +70,9 @@ fuzz: $(VENV)/.dev ## Put more than 5,000 made-up requests to the HTTP API (a mi
 
 chaos: $(VENV)/.dev ## Kill, stop and cut off everything while jobs render, then audit (10 minutes)
 	$(BIN)/python -m tests.chaos $(ARGS)
+
+soak: $(VENV)/.dev ## Run a whole farm at full speed for 20 minutes: do its processes grow?
+	$(BIN)/python -m tests.benchmarks.soak $(ARGS)
 
 demo-model: $(VENV)/.farm ## Train the demo model anew (more than an hour on two cores)
 	$(BIN)/python -m workers.demo.train --out farm/demo/shapes --work build/demo-model
