@@ -7,6 +7,7 @@ Redis holds doorbells and no truth: a token names a lane and no job. Tokens are 
 from __future__ import annotations
 
 import binascii
+import json
 import logging
 import ssl
 from typing import Any
@@ -23,6 +24,8 @@ from farm.errors import BrokerUnavailable
 
 log = logging.getLogger(__name__)
 TASK = "farm.render"
+MAX_TOKEN = 4096  # bytes; ours are 150
+_NEVER = ("compression", "eta", "expires", "chord", "group")
 _AWAY = (kombu.exceptions.OperationalError, redis.exceptions.RedisError, OSError)
 _TRANSPORT = {
     "socket_timeout": 10,
@@ -48,7 +51,7 @@ class RedisTransport(Transport):  # type: ignore[misc]
     Channel = RedisChannel
 
     def _deliver(self, message: Any, queue: str) -> None:
-        if _is_message(message):
+        if _is_token(message, queue):
             super()._deliver(message, queue)
         else:
             log.warning("a message on %s that no farm sends is dropped", queue)
@@ -57,21 +60,30 @@ class RedisTransport(Transport):  # type: ignore[misc]
 TRANSPORT_ALIASES |= dict.fromkeys(("redis", "rediss"), f"{__name__}:RedisTransport")
 
 
-def _is_message(message: Any) -> bool:
-    """Whether it is built as kombu's are and holds JSON (kombu/transport/virtual/base.py)."""
+def _is_token(message: Any, queue: str) -> bool:
+    """Whether it is built as kombu's are (kombu/transport/virtual/base.py) and rings this lane.
+
+    What Celery can do beyond is never sent by a farm, and refused: other tasks, compressed bodies
+    (a few kilobytes unpack to gigabytes), times in the future (kept in memory), callbacks, chords.
+    """
     try:
-        properties = message["properties"]
-        body = binascii.a2b_base64(message["body"], strict_mode=True)
+        headers, properties = message["headers"], message["properties"]
+        if len(message["body"]) > MAX_TOKEN or any(headers.get(name) for name in _NEVER):
+            return False
+        body = json.loads(binascii.a2b_base64(message["body"], strict_mode=True))
+        args, lane, embedded = body
         return (
-            bool(body)
+            args == []
+            and Lane(**lane).queue == queue
+            and not any(embedded.values())
+            and headers["task"] == TASK
             and properties["body_encoding"] == "base64"
             and isinstance(properties["delivery_tag"], str)
             and isinstance(properties["delivery_info"], dict)
-            and isinstance(message["headers"], dict)
             and message["content-type"] == "application/json"
             and message["content-encoding"] == "utf-8"
         )
-    except (LookupError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
         return False
 
 
@@ -86,6 +98,7 @@ def make_app(url: str) -> Celery:
         task_store_errors_even_if_ignored=False,
         worker_prefetch_multiplier=1,
         worker_send_task_events=False,
+        worker_enable_remote_control=False,  # whoever reaches Redis could shut workers down
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,
         worker_cancel_long_running_tasks_on_connection_loss=False,

@@ -5,18 +5,27 @@ from __future__ import annotations
 import base64
 import json
 import pickle
+import zlib
 from pathlib import Path
 from typing import Any
 
 import redis
+from celery import Celery
 
-from farm.broker import TASK
+from farm.broker import TASK, _is_token
 from farm.catalog import Lane
 from tests.farm_kit import FarmKit
 from tests.servers import RedisServer
 
 LANE = Lane("fake-one", "fake")
 PICKLED = base64.b64encode(pickle.dumps([[], {}, {}])).decode()
+
+FAKE = LANE._asdict()
+EMBEDDED: dict[str, Any] = dict.fromkeys(("callbacks", "errbacks", "chain", "chord"))
+
+
+def _body(kwargs: dict[str, str], **embedded: Any) -> str:
+    return base64.b64encode(json.dumps([[], kwargs, EMBEDDED | embedded]).encode()).decode()
 
 
 def _message(**changes: Any) -> dict[str, Any]:
@@ -42,6 +51,25 @@ FOREIGN: dict[str, bytes] = {
         name: json.dumps(message).encode()
         for name, message in {
             "no arguments": _message(),
+            "another lane": _message(body=_body({"model": "fake-one", "engine": "x"})),
+            "callbacks": _message(body=_body(FAKE, callbacks=[{"task": TASK}])),
+            "a chain": _message(body=_body(FAKE, chain=[{"task": "os.system", "args": ["id"]}])),
+            "in a hundred years": _message(
+                body=_body(FAKE), headers={"task": TASK, "id": "4", "eta": "2126-01-01T00:00:00"}
+            ),
+            "a bomb": _message(
+                body=base64.b64encode(zlib.compress(bytes(1 << 26))).decode(),
+                headers={"task": TASK, "id": "5", "compression": "application/x-gzip"},
+            ),
+            "64 MB": _message(body=base64.b64encode(bytes(48_000_000)).decode()),
+            "yaml": _message(
+                body=base64.b64encode(b"!!python/object/apply:os.system [id]").decode(),
+                **{"content-type": "application/x-yaml"},
+            ),
+            "msgpack": _message(
+                body=base64.b64encode(b"\x93\x90\x80\x80").decode(),
+                **{"content-type": "application/x-msgpack", "content-encoding": "binary"},
+            ),
             "another task": _message(headers={"task": "os.system", "id": "2"}),
             "no base64": _message(body="%%%"),
             "half a JSON body": _message(body=base64.b64encode(b"[1").decode()),
@@ -74,3 +102,31 @@ def test_foreign_messages_neither_stop_nor_end_a_worker(
                 status = kit.farm.wait(batch.id, 20)
                 assert status.counts["succeeded"] == 1, name
                 assert worker.poll() is None, f"{name}\n{kit.log('worker-fake-one')[-2000:]}"
+
+
+def test_a_token_of_ours_is_told_from_them() -> None:
+    good = _message(body=_body(FAKE))
+    assert _is_token(good, LANE.queue)
+    assert not _is_token(good, Lane("fake-one", "sdcpp").queue)
+    for name, foreign in FOREIGN.items():
+        try:
+            message = json.loads(foreign)
+        except (ValueError, RecursionError):
+            continue
+        assert not _is_token(message, LANE.queue), name
+
+
+def test_nobody_commands_a_worker_through_redis(
+    tmp_path: Path, redis_server: RedisServer, redis_url: str
+) -> None:
+    """Celery's remote control would stop workers, or make them consume from other queues."""
+    with FarmKit(tmp_path / "home", redis_url) as kit:
+        kit.dispatcher()
+        worker = kit.worker()
+        with Celery("stranger", broker=redis_url, set_as_current=False) as stranger:
+            stranger.conf.broker_transport_options = {"global_keyprefix": "farm:"}
+            assert stranger.control.ping(timeout=1) == []
+            for command in ("pool_restart", "shutdown"):
+                stranger.control.broadcast(command)
+        status = kit.farm.wait(kit.farm.submit(["after"], model="fake-one").id, 20)
+        assert (status.counts["succeeded"], worker.poll()) == (1, None)
