@@ -136,6 +136,11 @@ class PostgresServer(Server):
     stop_signal = signal.SIGINT  # "fast": does not wait for clients
     death_signal = signal.SIGQUIT  # "immediate": its children end as well
 
+    @property
+    def socket_path(self) -> Path:
+        """Where it listens."""
+        return self.dir / ".s.PGSQL.5432"
+
     def url(self, database: str = "postgres") -> str:
         """The SQLAlchemy URL of a database."""
         return f"postgresql+psycopg://postgres@/{database}?host={self.dir}"

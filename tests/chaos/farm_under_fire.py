@@ -1,6 +1,7 @@
 """A farm of real processes whose workers and dispatchers are started again when they die.
 
-As systemd, Kubernetes or `farm up` would; everything that a fault may strike hangs here.
+As systemd, Kubernetes or `farm up` would; everything that a fault may strike hangs here. They reach
+their servers through proxies that break connections; the harness itself looks past these.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from sqlalchemy import func, select
+from sqlalchemy import func, make_url, select
 
 from farm.catalog import Lane
 from farm.children import spawn
 from farm.errors import BrokerUnavailable, DatabaseUnavailable
 from farm.store.tables import jobs
 from tests.farm_kit import FarmKit
+from tests.proxy import Proxy
 from tests.servers import PostgresServer, RedisServer, S3Server
 
 LANE = Lane("paced", "fake")
@@ -56,16 +58,24 @@ class FarmUnderFire(FarmKit):
         **settings: object,
     ) -> None:
         told = {"session_ttl_s": 3.0, "max_failures": 20, "bundle_seconds": 1.0} | settings
+        database_url = postgres.create_database() if postgres else None
         super().__init__(
             home,
             redis.url,
-            database_url=postgres.create_database() if postgres else None,
+            database_url=database_url,
             blobs_url=f"s3://{s3.create_bucket()}/farm",
-            s3=s3.options(connect_timeout_s=2.0),
+            s3=s3.options(),
             models=MODELS.format(seconds_per_step=seconds_per_step),
             **told,
         )
         self.redis, self.s3, self.postgres = redis, s3, postgres
+        self.lines: dict[str, Proxy] = {}
+        self._through("Redis", redis.socket_path, FARM_BROKER_URL="redis://{}/0")
+        self._through("S3", ("127.0.0.1", s3.port), FARM_S3_ENDPOINT_URL="http://{}")
+        if postgres:
+            name = make_url(str(database_url)).database
+            url = f"postgresql+psycopg://postgres@{{}}/{name}"
+            self._through("database", postgres.socket_path, FARM_DATABASE_URL=url)
         self.tick_s = self.farm.settings.tick_s
         self.ttl_s = float(str(told["session_ttl_s"]))
         self.roles = {f"worker-{n}": worker_words() for n in range(workers)}
@@ -76,6 +86,11 @@ class FarmUnderFire(FarmKit):
         self._over = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="supervisor")
         self._witness = threading.Thread(target=self._sample, name="witness")
+
+    def _through(self, server: str, target: Path | tuple[str, int], **env: str) -> None:
+        """The processes, but not the harness, reach this server through a proxy."""
+        proxy = self.lines[server] = Proxy(target)
+        self.env |= {name: url.format(f"127.0.0.1:{proxy.port}") for name, url in env.items()}
 
     def run(self, *args: str, name: str) -> subprocess.Popen[bytes]:
         """As in FarmKit; it dies with this process, however this one ends."""
@@ -175,6 +190,8 @@ class FarmUnderFire(FarmKit):
             if thread.is_alive():
                 thread.join()
         super().__exit__(*error)  # type: ignore[arg-type]
+        for line in self.lines.values():
+            line.close()
 
 
 def worker_words() -> list[str]:

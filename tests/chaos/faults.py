@@ -17,10 +17,13 @@ from farm.broker import TASK
 from farm.dispatcher import TICKS
 from farm.store.tables import sessions
 from tests.chaos.farm_under_fire import LANE, LOOK_S, FarmUnderFire, engine_of
+from tests.proxy import DOWN, UP, Proxy, Way
 from tests.servers import Server
 
 Fault = Callable[[FarmUnderFire, random.Random], None]
 SILENT_S = 3.0
+SLOW_BYTES_S = 20_000.0
+CUT_S = 20.0  # until something passes where a cut was ordered
 STOPPED_S = 45.0  # longest that a worker sleeps while its session is waited for
 
 
@@ -131,6 +134,49 @@ def silence_redis(farm: FarmUnderFire, rng: random.Random) -> None:
     """Its connections stay and nothing answers."""
     with _silent(farm.redis):
         _wait(SILENT_S)
+
+
+def silence_database(farm: FarmUnderFire, rng: random.Random) -> None:
+    """For longer than a lease; then all that was sent arrives late."""
+    with farm.lines["database"].silent():
+        _wait(farm.ttl_s * 1.5)
+
+
+def slow_s3(farm: FarmUnderFire, rng: random.Random) -> None:
+    with farm.lines["S3"].slow(SLOW_BYTES_S):
+        _wait(SILENT_S)
+
+
+def reset(server: str) -> Fault:
+    """An RST on every connection to a server, whatever is under way there."""
+
+    def strike(farm: FarmUnderFire, rng: random.Random) -> None:
+        farm.lines[server].reset()
+
+    return strike
+
+
+def cut_upload(farm: FarmUnderFire, rng: random.Random) -> None:
+    """A picture breaks off on its way to the store, within its headers or its bytes."""
+    _cut(farm.lines["S3"], UP, rng.randrange(3000))
+
+
+def lose_answer(server: str) -> Fault:
+    """A server does what it was asked to, and its answer is lost; that of a commit too."""
+
+    def strike(farm: FarmUnderFire, rng: random.Random) -> None:
+        for _ in range(rng.randrange(1, 4)):
+            _cut(farm.lines[server], DOWN, rng.randrange(400))
+
+    return strike
+
+
+def _cut(line: Proxy, way: Way, after: int) -> None:
+    try:
+        if not line.cut(way, after).wait(CUT_S):
+            raise TimeoutError("nothing passed where a cut was ordered")
+    finally:
+        line.mend()
 
 
 def s3_outage(seconds: float, beside: Fault | None) -> Fault:
