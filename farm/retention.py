@@ -119,9 +119,9 @@ def prune_orphans(
     if not dry_run:
         _sweep(db, blobs, told)
     for prefix in ("pictures/", _INPUTS):
-        for some in _chunks(blobs.list(prefix)):
+        for some in chunks(blobs.list(prefix)):
             sizes = {one.key: one.size for one in some if one.modified < oldest}
-            orphans = _unnamed(db, list(sizes))
+            orphans = unnamed(db, list(sizes))
             if not dry_run:
                 blobs.delete(orphans)
             told.objects += len(orphans)
@@ -130,12 +130,46 @@ def prune_orphans(
     return told
 
 
-def _chunks(listing: Iterator[BlobStat]) -> Iterator[list[BlobStat]]:
+def prune_passed(
+    db: Database, blobs: BlobStore, *, dry_run: bool = False, progress: Progress = _silent
+) -> Pruned:
+    """Delete pictures that no job names nor will, since the claims they were made under are over.
+
+    However young they are: no clock is asked. What belongs to no batch of this database is left
+    alone, for it may be another farm's; `prune_orphans` takes it when a person says so.
+    """
+    told = Pruned()
+    for some in chunks(blobs.list("pictures/")):
+        sizes = {one.key: one.size for one in some}
+        with db.read() as connection:
+            passed = store.passed_pictures(connection, sizes)
+        if not dry_run:
+            blobs.delete(passed)
+        told.objects += len(passed)
+        told.bytes += sum(sizes[key] for key in passed)
+        progress(told)
+    return told
+
+
+def sweep(db: Database, blobs: BlobStore, *, dry_run: bool = False) -> Pruned:
+    """Delete the objects of rows that are gone already, as a prune that was killed left them."""
+    told = Pruned()
+    if dry_run:
+        with db.read() as connection:
+            told.objects, told.bytes = store.dropped_size(connection)
+    else:
+        _sweep(db, blobs, told)
+    return told
+
+
+def chunks(listing: Iterator[BlobStat]) -> Iterator[list[BlobStat]]:
+    """The listing in lists of at most STEP objects."""
     while some := list(islice(listing, STEP)):
         yield some
 
 
-def _unnamed(db: Database, keys: list[str]) -> list[str]:
+def unnamed(db: Database, keys: list[str]) -> list[str]:
+    """Those of the keys, all of pictures or all of inputs, that no job or batch names."""
     with db.read() as connection:
         if keys and keys[0].startswith(_INPUTS):
             named = store.named_inputs(connection, keys)
@@ -163,5 +197,5 @@ def _sweep(db: Database, blobs: BlobStore, told: Pruned) -> None:
 def _old_inputs(db: Database, blobs: BlobStore, keys: list[str]) -> dict[str, int]:
     """Those that may go, with their bytes; the others are found as orphans later."""
     oldest = time.time() - SAFE_S
-    found = (blobs.stat(key) for key in _unnamed(db, keys))
+    found = (blobs.stat(key) for key in unnamed(db, keys))
     return {one.key: one.size for one in found if one and one.modified < oldest}

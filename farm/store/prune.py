@@ -215,6 +215,13 @@ def dropped(connection: Connection, limit: int) -> dict[str, int | None]:
     return {row.key: row.size_bytes for row in connection.execute(query)}
 
 
+def dropped_size(connection: Connection) -> tuple[int, int]:
+    """How many objects are to be deleted, and their bytes as far as these are known."""
+    size = func.coalesce(func.sum(dropped_objects.c.size_bytes), 0)
+    n, taken = connection.execute(select(func.count(dropped_objects.c.key), size)).one()
+    return n, int(taken)
+
+
 def settle_dropped(connection: Connection, keys: Iterable[str]) -> None:
     """These are deleted in the blob store, or are to stay after all."""
     connection.execute(delete(dropped_objects).where(dropped_objects.c.key.in_(list(keys))))

@@ -14,13 +14,14 @@ ROOT = Path(__file__).parents[2]
 # Each room of farm/ and how high it stands; an import must point to a lower room or its own.
 HEIGHT = {
     "states": 0, "errors": 0, "demo": 0,
-    "samplers": 1, "weight_files": 1, "spec": 2, "config": 1, "units": 1, "logs": 1,
+    "samplers": 1, "weight_files": 1, "spec": 2, "config": 1, "units": 0.5, "logs": 1,
     "picture_bounds": 1,
     "catalog": 3, "checks": 3,
     "abilities": 4, "templates": 4, "prompt_files": 4, "pinning": 3.5, "prompts": 5, "models": 5,
     "blobs": 3, "broker": 4, "store": 4, "children": 4, "engines": 4, "local_broker": 4,
     "pictures": 5, "inputs": 5, "results": 6, "retention": 6, "verdict": 5,
-    "submitting": 5, "preview": 5, "dispatch": 6, "reconcile": 6, "dispatcher": 7, "auto": 7,
+    "submitting": 5, "preview": 5, "dispatch": 6, "reconcile": 6.5, "dispatcher": 7,
+    "audit": 7, "auto": 7,
     "service": 8, "client": 8, "http": 9, "doctor": 9, "embedded": 9,
     "cli": 10, "__main__": 11, "__init__": 11,
 }  # fmt: skip
