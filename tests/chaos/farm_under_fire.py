@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -43,7 +43,7 @@ LOOK_S = 0.05
 class FarmUnderFire(FarmKit):
     """3 workers of one lane, 2 dispatchers, and the servers that they need.
 
-    `postgres`: None for SQLite. Settings are FARM_* ones.
+    `postgres`: None for SQLite. `envs`: more environment for a role. Settings are FARM_* ones.
     """
 
     def __init__(
@@ -55,20 +55,22 @@ class FarmUnderFire(FarmKit):
         *,
         workers: int = 3,
         seconds_per_step: float = 0.05,
+        envs: Mapping[str, Mapping[str, str]] | None = None,
         **settings: object,
     ) -> None:
-        told = {"session_ttl_s": 3.0, "max_failures": 20, "bundle_seconds": 1.0} | settings
+        told = {"session_ttl_s": 3.0, "max_failures": 20, "bundle_seconds": 1.0}
+        told |= {"blobs_url": f"s3://{s3.create_bucket()}/farm"} | settings
         database_url = postgres.create_database() if postgres else None
         super().__init__(
             home,
             redis.url,
             database_url=database_url,
-            blobs_url=f"s3://{s3.create_bucket()}/farm",
             s3=s3.options(),
             models=MODELS.format(seconds_per_step=seconds_per_step),
             **told,
         )
         self.redis, self.s3, self.postgres = redis, s3, postgres
+        self.envs = envs or {}
         self.lines: dict[str, Proxy] = {}
         self._through("Redis", redis.socket_path, FARM_BROKER_URL="redis://{}/0")
         self._through("S3", ("127.0.0.1", s3.port), FARM_S3_ENDPOINT_URL="http://{}")
@@ -94,7 +96,8 @@ class FarmUnderFire(FarmKit):
 
     def run(self, *args: str, name: str) -> subprocess.Popen[bytes]:
         """As in FarmKit; it dies with this process, however this one ends."""
-        process = spawn([sys.executable, *args], self.home / f"{name}.log", env=self.env)
+        env = {**self.env, **self.envs.get(name, {})}
+        process = spawn([sys.executable, *args], self.home / f"{name}.log", env=env)
         self.processes.append(process)
         return process
 
