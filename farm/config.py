@@ -10,10 +10,9 @@ import hashlib
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -22,6 +21,7 @@ from pydantic_settings import (
 )
 
 from farm.errors import InvalidConfig
+from farm.units import parse_size
 
 SOCKET_PATH_LIMIT = 100  # bytes; sockaddr_un holds 108 on Linux, 104 on macOS
 
@@ -35,6 +35,16 @@ def default_home() -> Path:
 def default_hub() -> str:
     """The hub that HF_ENDPOINT names, else the public one."""
     return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+
+
+def _bytes(value: object) -> object:
+    """Bytes of a size as people write it; a plain number counts bytes."""
+    if not isinstance(value, str) or value.strip().isdecimal():
+        return value
+    try:
+        return parse_size(value)
+    except InvalidConfig as error:
+        raise ValueError(error.message) from None
 
 
 class Settings(BaseSettings):
@@ -59,6 +69,14 @@ class Settings(BaseSettings):
         None, description="the catalogue; default: models.toml here or in home"
     )
     models_dir: Path | None = Field(None, description="fetched weights; default: home/models")
+    spool_dir: Path | None = Field(
+        None,
+        description="finished pictures while the blob store is away; a local disk; "
+        "default: home/spool",
+    )
+    spool_max: Annotated[int, BeforeValidator(_bytes)] = Field(
+        4 * 2**30, ge=0, description="most that one worker spools, such as 4GiB; then it waits"
+    )
     hub_url: str = Field(
         default_factory=default_hub,
         pattern=r"^https?://[^\s/]+",
@@ -95,6 +113,12 @@ class Settings(BaseSettings):
     shutdown_grace_s: float = Field(30.0, ge=0, description="time to finish pictures at shutdown")
     http_max_body: int = Field(
         2**30, gt=0, description="bytes of the largest prompt file that the HTTP API takes"
+    )
+    http_rate: float = Field(
+        200.0, ge=0, description="requests a second of one token or address; 0: no limit"
+    )
+    http_waits: int = Field(
+        500, ge=1, description="long polls and event streams of one token or address at once"
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = Field(
@@ -147,7 +171,7 @@ class Settings(BaseSettings):
         if self.models_file:
             return self.models_file
         for path in (Path("models.toml"), self.home / "models.toml"):
-            if path.is_file():
+            if os.path.isfile(path):  # Path's own raises for a name that is too long
                 return path
         return None
 
@@ -155,6 +179,11 @@ class Settings(BaseSettings):
     def models_path(self) -> Path:
         """Where `farm models fetch` puts weights, one directory a model and engine."""
         return (self.models_dir or self.home / "models").absolute()
+
+    @property
+    def spool_path(self) -> Path:
+        """Where workers hold finished pictures while the blob store is away."""
+        return (self.spool_dir or self.home / "spool").absolute()
 
     def shown(self) -> dict[str, Any]:
         """Every setting for a person's eyes: secrets and passwords in URLs redacted."""
@@ -170,13 +199,19 @@ class Settings(BaseSettings):
 
 
 def redact(url: str) -> str:
-    """A URL without its password; query values are hidden too, since they may hold secrets."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    user = parts.netloc.rpartition("@")[0].partition(":")
-    who = f"{user[0]}:**********@" if user[1] else (f"{user[0]}@" if user[0] else "")
-    query = "?**********" if parts.query else ""
-    return f"{parts.scheme}://{who}{host}{parts.path}{query}"
+    """A URL without its password; query values are hidden too, since they may hold secrets.
+
+    A password that should have been quoted, for an / or @ in it, is hidden as well; of what is no
+    URL all that stands before an @.
+    """
+    whose, at, rest = url.rpartition("@")
+    if url.startswith(("sqlite:", "file:")) or not at:
+        whose, at, rest = "", "", url
+    scheme, slashes, user = whose.rpartition("://")
+    name, colon, _ = user.partition(":")
+    who = f"{name}{at}" if slashes and not colon else f"{name if slashes else ''}:**********{at}"
+    place, mark, _ = rest.partition("?")
+    return f"{scheme}{slashes}{who if at else ''}{place}{mark and '?**********'}"
 
 
 def config_file() -> Path:

@@ -1,4 +1,10 @@
-"""Encodes, hashes and stores pictures in threads while the engine renders the next ones."""
+"""Encodes, hashes and stores pictures in threads while the engine renders the next ones.
+
+While the blob store is away, or hangs, finished pictures go to the spool on this machine's disk and
+their claims are kept. One after the other is tried until the store is back, then all are stored.
+Only the end of the worker gives them back; their pictures stay in the spool for whoever claims the
+jobs next.
+"""
 
 from __future__ import annotations
 
@@ -7,143 +13,376 @@ import random
 import threading
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
-from farm import logs
 from farm.blobs import BlobStore
-from farm.errors import EnvironmentFault, FarmError, RenderFailed, StorageUnavailable
+from farm.errors import EnvironmentFault, FarmError, JobCancelled, RenderFailed, StorageUnavailable
 from farm.pictures import CONTENT_TYPES, Origin, encode, object_key, sha256
 from farm.spec import Fingerprints
+from farm.store.ids import JobRef
 from farm.store.jobs import Claim, Picture
 from workers.recorder import Recorder
+from workers.spool import Entry, Spool, SpoolFull
 
 log = logging.getLogger(__name__)
 THREADS = 4
 MOST_WAITING = 256  # pictures in memory; beyond that the engine waits
 MOST_BYTES = 128 * 2**20  # of their pixels
 TOGETHER = 16  # pictures that a thread takes at once, when many wait
-PATIENCE_S = 60.0  # how long a finished picture is held while the blob store is away
+STUCK_S = 5.0  # a put that takes longer hangs
+PAUSE_S, MAX_PAUSE_S = 0.2, 5.0  # between two tries of a store that is away
 
 
-class _Finished(NamedTuple):
+@dataclass(eq=False)
+class _Finished:
+    """A picture on its way: in memory as pixels, or as a file in the spool."""
+
     claim: Claim
-    pixels: Any
-    render_s: float
+    pixels: Any = None
+    render_s: float = 0.0
+    entry: Entry | None = None
+    room: int = 0  # bytes that it is counted with while it is in memory
+
+
+@dataclass
+class _Hand:
+    """What one thread has in its hands."""
+
+    group: list[_Finished] = field(default_factory=list)
+    stored: list[tuple[Claim, Picture]] = field(default_factory=list)
+    putting_since: float | None = None  # monotonic
+    looks: bool = False  # whether the store is back
 
 
 class Keeper:
     """Takes finished pixels; each ends as a record: a picture, or a failure."""
 
-    def __init__(self, blobs: BlobStore, origin: Origin, recorder: Recorder) -> None:
+    def __init__(self, blobs: BlobStore, origin: Origin, recorder: Recorder, spool: Spool) -> None:
         self._blobs, self._origin, self._recorder = blobs, origin, recorder
+        self._spool = spool
         self._fingerprints = Fingerprints(origin.engine, origin.weights_sha256, origin.loras)
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="keeper")
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._ready = threading.Condition(self._lock)  # for the threads: there is something to do
+        self._changed = threading.Condition(self._lock)  # for the others: something was done
         self._waiting: deque[_Finished] = deque()
-        self._busy = 0  # threads at work
-        self._held, self._held_bytes = 0, 0  # waiting or under way
-        self._closing = threading.Event()
-        self.trouble, self.stored_bytes = "", 0
+        self._held: deque[_Finished] = deque()  # in the spool, until the store is back
+        self._unwanted: deque[str] = deque()  # objects to delete
+        self._in_memory, self._memory_bytes = 0, 0
+        self._away, self._full = "", ""  # why the store takes nothing, and the spool
+        self._pause, self._next_try = PAUSE_S, 0.0
+        self._hurry, self._closing = threading.Event(), threading.Event()
+        self.stored_bytes = 0
+        self._hands = [_Hand() for _ in range(THREADS)]
+        for n, hand in enumerate(self._hands):
+            name = f"keeper-{n}"
+            threading.Thread(target=self._work, args=(hand,), name=name, daemon=True).start()
+
+    # ---- from outside
+
+    @property
+    def trouble(self) -> str:
+        """Why finished pictures are held just now, else nothing."""
+        held = self._held or self._in_memory
+        return "; ".join(filter(None, (self._away, self._full))) if held and self._away else ""
+
+    @property
+    def spooled(self) -> int:
+        """How many finished pictures are held on the disk until the store is back."""
+        return len(self._held)
 
     def keep(self, claim: Claim, pixels: Any, render_s: float) -> None:
         """Store `pixels` (uint8, height x width x 3) as the job's picture.
 
-        Returns at once, unless too many pictures wait for the blob store already.
+        Returns at once, unless too many pictures are in memory already; if that is because the
+        store hangs, the picture goes to the spool from here.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: self._has_room(pixels.nbytes))
-            self._waiting.append(_Finished(claim, pixels, render_s))
-            self._held += 1
-            self._held_bytes += pixels.nbytes
-            if self._busy == THREADS:
-                return
-            self._busy += 1
-        self._pool.submit(self._work)
+        one = _Finished(claim, pixels, render_s)
+        while not self._accept(one):
+            if self._is_stuck():
+                self._notice(f"the blob store has not answered for {STUCK_S:g} s")
+                if self._end(one, _Hand(), waits=False):
+                    return
+                with self._lock:
+                    self._changed.wait_for(lambda: self._has_room(pixels.nbytes), 1.0)
+
+    def _accept(self, one: _Finished) -> bool:
+        """Put it with those that wait; False: there was no room within a second."""
+        size = one.pixels.nbytes
+        with self._lock:
+            self._changed.wait_for(lambda: self._has_room(size) or self._is_stuck(), 1.0)
+            if not self._has_room(size):
+                return False
+            one.room = size
+            self._in_memory += 1
+            self._memory_bytes += size
+            self._waiting.append(one)
+            self._ready.notify()
+            return True
 
     def _has_room(self, size: int) -> bool:
-        fits = self._held < MOST_WAITING and self._held_bytes + size <= MOST_BYTES
-        return fits or not self._held
+        fits = self._in_memory < MOST_WAITING and self._memory_bytes + size <= MOST_BYTES
+        return fits or not self._in_memory or self._hurry.is_set()
 
-    def _work(self) -> None:
-        """One thread's: whatever waits, until nothing does."""
-        while group := self._take():
-            stored = []
-            for one in group:
-                if picture := self._try(one):
-                    stored.append((one.claim, picture))
-            self._recorder.pictures(stored)
-            with self._changed:
-                self.stored_bytes += sum(picture.size_bytes for _, picture in stored)
-                self._held -= len(group)
-                self._held_bytes -= sum(one.pixels.nbytes for one in group)
-                self._changed.notify_all()
+    def adopt(self, bundle: list[Claim]) -> list[Claim]:
+        """Those of the bundle that are left to render: pictures of the others lie in the spool."""
+        names = self._spool.loose()
+        found = []
+        for claim in bundle if names else []:
+            with suppress(KeyError):  # the engine will say that it does not know the LoRA
+                name = self._name(claim)
+                if name in names and (entry := self._spool.take(name)):
+                    found.append(_Finished(claim, entry=entry))
+        if not found:
+            return bundle
+        log.info("%d pictures in the spool were rendered for these jobs before", len(found))
+        self._recorder.started([one.claim for one in found])
+        with self._lock:
+            self._waiting.extend(found)
+            self._ready.notify_all()
+        taken = {one.claim.ref for one in found}
+        return [claim for claim in bundle if claim.ref not in taken]
 
-    def _take(self) -> list[_Finished]:
-        """An even share of what waits, so that no other thread is idle meanwhile."""
-        with self._changed:
-            if not self._waiting:
-                self._busy -= 1
-            share = min(TOGETHER, -(-len(self._waiting) // THREADS))
-            return [self._waiting.popleft() for _ in range(share)]
+    def cancel(self, refs: set[JobRef]) -> None:
+        """Drop what is held of these jobs."""
+        for one in self._pick(refs):
+            self._fail(one, JobCancelled())
 
-    def _try(self, one: _Finished) -> Picture | None:
-        """The stored picture; None: its failure is recorded."""
-        try:
-            return self._stored(*one)
-        except FarmError as error:
-            self._recorder.failure(one.claim, error)
-        except Exception as error:
-            log.exception("a picture could not be made a file", extra=logs.about(one.claim))
-            what = f"the picture could not be stored: {type(error).__name__}: {error}"
-            self._recorder.failure(one.claim, RenderFailed(what))
-        return None
+    def abandon(self) -> None:
+        """The session was lost: its jobs are others', or are claimed here again."""
+        for one in self._pick(None):
+            self._loosen(one)
+            self._recorder.back(one.claim, "its worker's session was lost")
 
-    def _stored(self, claim: Claim, pixels: Any, render_s: float) -> Picture:
-        spec, origin = claim.spec, self._origin
-        data = encode(pixels.tobytes(), spec, origin)
-        key = object_key(claim.ref, claim.claim_no, claim.session_id, spec.format)
-        self._put(key, data, CONTENT_TYPES[spec.format])
-        return Picture(key, sha256(data), len(data), render_s, self._fingerprints.of(spec))
-
-    def _put(self, key: str, data: bytes, content_type: str) -> None:
-        until, pause = time.monotonic() + PATIENCE_S, 0.2
-        while True:
-            if self._closing.is_set() and self.trouble:
-                raise StorageUnavailable(self.trouble)
-            try:
-                self._blobs.put(key, data, content_type)
-                if self.trouble:
-                    log.info("the blob store is back")
-                self.trouble = ""
-                return
-            except EnvironmentFault as error:
-                if not self.trouble:
-                    log.warning("%s; holding pictures until it is back", error.message)
-                self.trouble = error.message
-                if self._closing.is_set() or time.monotonic() > until:
-                    raise
-            self._closing.wait(pause * random.uniform(0.5, 1.5))
-            pause = min(pause * 2, 5.0)
+    def _pick(self, refs: set[JobRef] | None) -> list[_Finished]:
+        """Take out of what is held: these jobs', or all."""
+        with self._lock:
+            picked = [one for one in self._held if refs is None or one.claim.ref in refs]
+            for one in picked:
+                self._held.remove(one)
+        return picked
 
     def drop(self, claim: Claim, picture: Picture) -> None:
         """Delete, in a thread, the object of a claim that was lost; nothing refers to it."""
-        with suppress(RuntimeError):  # closed already: the object is left over, and harmless
-            self._pool.submit(self._drop, claim, picture)
-
-    def _drop(self, claim: Claim, picture: Picture) -> None:
-        log.info("a job was given to another; its picture is dropped", extra=logs.about(claim))
-        try:
-            self._blobs.delete([picture.object_key])
-        except EnvironmentFault as error:
-            log.warning("%s is left over: %s", picture.object_key, error.message)
+        log.info("job %s was given to another; its picture is dropped", claim.ref)
+        with self._lock:
+            self._unwanted.append(picture.object_key)
+            self._ready.notify()
 
     def hurry(self) -> None:
-        """Wait no longer for a store that is away."""
-        self._closing.set()
+        """The engine waits no longer for room: the worker is to end."""
+        with self._lock:
+            self._hurry.set()
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Finish what is under way; a store that is away is not waited for."""
         self.hurry()
-        self._pool.shutdown(wait=True)
+        with self._lock:
+            self._closing.set()
+            self._ready.notify_all()
+            while not self._changed.wait_for(self._is_done, 0.1):
+                if self._is_stuck():
+                    break
+            left = dict.fromkeys([*self._waiting, *self._held])
+            for hand in self._hands:
+                left |= dict.fromkeys(hand.group)
+                self._recorder.pictures(hand.stored)
+                hand.group, hand.stored = [], []
+            self._waiting.clear()
+            self._held.clear()
+        for one in left:
+            self._leave(one)
+        self._spool.close()
+
+    def _is_done(self) -> bool:
+        return not self._waiting and not any(hand.group for hand in self._hands)
+
+    def _leave(self, one: _Finished) -> None:
+        """Give a job back, and leave its picture to whoever claims it next."""
+        try:
+            if one.entry or self._hold(one, self._file(one)):
+                self._loosen(one)
+                self._recorder.back(one.claim, "its worker ended; the picture is in the spool")
+                return
+        except Exception:  # whatever it is, the job goes back
+            log.exception("job %s: its picture could not be left in the spool", one.claim.ref)
+        self._recorder.failure(one.claim, StorageUnavailable(self._away or None))
+
+    # ---- the threads
+
+    def _work(self, hand: _Hand) -> None:
+        """One thread's: whatever waits, until the keeper closes."""
+        while self._take(hand):
+            for one in list(hand.group):
+                self._end(one, hand)
+                with self._lock:
+                    if one in hand.group:  # else the keeper has closed meanwhile
+                        hand.group.remove(one)
+            self._delete_unwanted()
+            with self._lock:
+                stored, hand.stored = hand.stored, []
+                self.stored_bytes += sum(picture.size_bytes for _, picture in stored)
+                self._changed.notify_all()
+            self._recorder.pictures(stored)
+
+    def _take(self, hand: _Hand) -> bool:
+        """An even share of what waits, so that no thread is idle meanwhile; False: the end.
+
+        While the store is away, from time to time one of those that are held instead.
+        """
+        with self._lock:
+            hand.looks = False
+            while True:
+                left_s = self._next_look()
+                if left_s is not None and left_s <= 0:
+                    hand.looks, hand.group = True, [self._held.popleft()]
+                    return True
+                if self._waiting or self._unwanted or self._closing.is_set():
+                    break
+                self._ready.wait(left_s)
+            share = min(TOGETHER, -(-len(self._waiting) // THREADS))
+            hand.group = [self._waiting.popleft() for _ in range(share)]
+            return bool(hand.group or self._unwanted)
+
+    def _next_look(self) -> float | None:
+        """Seconds until a thread is to try a held picture; None: not at all, or one does."""
+        if not (self._away and self._held) or self._closing.is_set():
+            return None
+        if any(hand.looks for hand in self._hands):
+            return None
+        return self._next_try - time.monotonic()
+
+    def _end(self, one: _Finished, hand: _Hand, *, waits: bool = True) -> bool:
+        """Store a picture, hold it, or record its failure; False: no room, and not to be waited."""
+        try:
+            return self._store_or_hold(one, hand, waits)
+        except FarmError as error:
+            self._fail(one, error)
+        except Exception as error:
+            log.exception("job %s: the picture could not be made a file", one.claim.ref)
+            what = f"the picture could not be stored: {type(error).__name__}: {error}"
+            self._fail(one, RenderFailed(what))
+        return True
+
+    def _store_or_hold(self, one: _Finished, hand: _Hand, waits: bool) -> bool:
+        data, looks = self._file(one), hand.looks
+        while True:
+            if (looks or not self._away) and self._put(one, data, hand):
+                return True
+            if self._hold(one, data):
+                return True
+            if not waits:
+                return False
+            if self._closing.wait(MAX_PAUSE_S * random.uniform(0.1, 0.5)):
+                raise StorageUnavailable(self._away)
+            looks = True
+
+    def _file(self, one: _Finished) -> bytes:
+        """The picture's bytes. Raises BlobDamaged for one that the spool does not have whole."""
+        if one.entry is None:
+            return encode(one.pixels.tobytes(), one.claim.spec, self._origin)
+        data, one.render_s = self._spool.read(one.entry)
+        return data
+
+    def _put(self, one: _Finished, data: bytes, hand: _Hand) -> bool:
+        claim, spec = one.claim, one.claim.spec
+        key = object_key(claim.ref, claim.claim_no, claim.session_id, spec.format)
+        hand.putting_since = time.monotonic()
+        try:
+            self._blobs.put(key, data, CONTENT_TYPES[spec.format])
+        except EnvironmentFault as error:
+            self._notice(error.message)
+            return False
+        finally:
+            hand.putting_since = None
+        if self._away:
+            self._is_back()
+        mark = self._fingerprints.of(spec)
+        picture = Picture(key, sha256(data), len(data), one.render_s, mark)
+        with self._lock:
+            if one in hand.group:
+                hand.stored.append((claim, picture))
+        self._discard(one)
+        return True
+
+    def _hold(self, one: _Finished, data: bytes) -> bool:
+        """Put a picture in the spool until the store is back; False: it is full."""
+        if one.entry is None:
+            try:
+                one.entry = self._spool.add(self._name(one.claim), data, one.render_s)
+            except SpoolFull as error:
+                if not self._full:
+                    log.warning("%s; the engine waits", error.message)
+                self._full = error.message
+                return False
+            self._full = ""
+            self._free(one)
+        with self._lock:
+            (self._held if self._away else self._waiting).append(one)
+            self._ready.notify()
+        return True
+
+    def _name(self, claim: Claim) -> str:
+        """Raises KeyError for a LoRA that this worker does not have."""
+        return f"{claim.ref.batch_id}-{claim.ref.idx}-{self._fingerprints.of(claim.spec)}"
+
+    def _notice(self, why: str) -> None:
+        """The store is away: hold pictures, and look again after a pause that doubles."""
+        with self._lock:
+            if not self._away:
+                log.warning("%s; holding pictures until it is back", why)
+                self._pause, self._next_try = PAUSE_S, 0.0
+            self._away = why
+            if (now := time.monotonic()) >= self._next_try:
+                self._next_try = now + self._pause * random.uniform(0.5, 1.5)
+                self._pause = min(self._pause * 2, MAX_PAUSE_S)
+
+    def _is_back(self) -> None:
+        with self._lock:
+            if self._away:
+                log.info("the blob store is back; %d pictures were held", len(self._held))
+            self._away = self._full = ""
+            self._waiting.extendleft(reversed(self._held))
+            self._held.clear()
+            self._ready.notify_all()
+
+    def _is_stuck(self) -> bool:
+        """Whether every thread that has something to do has waited for the store for long."""
+        since = [hand.putting_since for hand in self._hands if hand.group]
+        late = time.monotonic() - STUCK_S
+        return bool(since) and all(began is not None and began < late for began in since)
+
+    # ---- the ends of a picture
+
+    def _fail(self, one: _Finished, error: FarmError) -> None:
+        self._discard(one)
+        self._recorder.failure(one.claim, error)
+
+    def _discard(self, one: _Finished) -> None:
+        if one.entry:
+            self._spool.drop(one.entry)
+        self._free(one)
+
+    def _loosen(self, one: _Finished) -> None:
+        if one.entry:
+            self._spool.loosen(one.entry)
+
+    def _free(self, one: _Finished) -> None:
+        """It is in memory no longer."""
+        one.pixels = None
+        if one.room:
+            with self._lock:
+                self._in_memory -= 1
+                self._memory_bytes -= one.room
+                one.room = 0
+                self._changed.notify_all()
+
+    def _delete_unwanted(self) -> None:
+        with suppress(IndexError):
+            key = self._unwanted.popleft()
+            try:
+                self._blobs.delete([key])
+            except EnvironmentFault as error:
+                log.warning("%s is left over: %s", key, error.message)

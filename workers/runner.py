@@ -42,6 +42,7 @@ from workers.messages import (
 )
 from workers.recorder import Recorder
 from workers.reuse import Reuse
+from workers.spool import Spool
 
 log = logging.getLogger(__name__)
 MOST_CRASHES = 3  # of the engine in a row, without a picture between
@@ -85,7 +86,10 @@ class Runner:
         self._recorder = Recorder(
             self._db, self._settings, self._drop, self._claims.forget, self._claims.count
         )
-        self._keeper = Keeper(self._blobs, origin, self._recorder)
+        told = self._settings
+        self._spool = Spool(told.spool_path, self.lane, told.spool_max)
+        self._spool.sweep()
+        self._keeper = Keeper(self._blobs, origin, self._recorder, self._spool)
         self._reuse = Reuse(self._db, origin, self._claims.forget)
         self._heart = Heart(
             self._db,
@@ -97,7 +101,7 @@ class Runner:
             told=self._told,
             on_cancel=self._cancel,
             on_lost=self._abandon,
-            tend=self._claims.tend,
+            tend=self._tend,
         )
         self._heart.start()
         return info
@@ -127,7 +131,7 @@ class Runner:
             size = dispatch.bundle_size(self._speed, self._settings.bundle_seconds, most)
             size = min(max(size, self._lessons.cap), most)
             bundle = self._claims.next(self._reuse.size(size))
-            left = self._reuse.link(bundle)
+            left = self._keeper.adopt(self._reuse.link(bundle))
             self._give_back(left[size:], "its worker had taken more than it renders at once")
             if left or not bundle:
                 return left[:size]
@@ -246,10 +250,21 @@ class Runner:
     # ---- called from other threads
 
     def _told(self) -> Beat:
-        trouble = self._inputs.trouble or (self._keeper.trouble if self._bundle else "")
+        trouble = self._inputs.trouble or self._keeper.trouble
         state = "waiting" if trouble else "rendering" if self._bundle else "idle"
-        stored = self._keeper.stored_bytes
-        return Beat(state, trouble or self._lessons.note, self._rendered, self._speed, stored)
+        return Beat(
+            state=state,
+            note=trouble or self._lessons.note,
+            rendered=self._rendered,
+            seconds_per_picture=self._speed,
+            stored_bytes=self._keeper.stored_bytes,
+            spooled=self._keeper.spooled,
+        )
+
+    def _tend(self) -> None:
+        """With each heartbeat: strays go back, and what died beside this worker is found."""
+        self._claims.tend()
+        self._spool.sweep()
 
     def _cancel(self, refs: set[JobRef]) -> None:
         with self._bundle_lock:
@@ -257,9 +272,11 @@ class Runner:
             self._unwanted = set(refs)
             if ids:
                 self._child.cancel(ids)
+        self._keeper.cancel(refs)
 
     def _abandon(self) -> None:
         """The session was lost: rendering on would be for nothing."""
+        self._keeper.abandon()
         self._cancel({claim.ref for claim in self._bundle})
 
     def _drop(self, claim: Claim, picture: Picture) -> None:

@@ -199,6 +199,7 @@ class Worker(BaseModel):
     info: dict[str, Any]
     rendered: int
     stored_bytes: int
+    spooled: int = Field(description="Finished pictures that wait for the blob store.")
     seconds_per_picture: float | None
     opened_at: float
     silent_s: float

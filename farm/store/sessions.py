@@ -34,6 +34,7 @@ class Worker:
     info: dict[str, Any]
     rendered: int
     stored_bytes: int
+    spooled: int
     seconds_per_picture: float | None
     opened_at: float
     silent_s: float
@@ -55,6 +56,7 @@ class Beat:
     rendered: int = 0
     seconds_per_picture: float | None = None
     stored_bytes: int = 0
+    spooled: int = 0  # finished pictures that wait for the blob store
 
 
 def open_session(

@@ -1,4 +1,4 @@
-"""Recorder, keeper and heart, each alone: SQLite in a temporary file, no service."""
+"""Recorder, claims and heart, each alone: SQLite in a temporary file, no service."""
 
 from __future__ import annotations
 
@@ -7,26 +7,20 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from farm import dispatch
-from farm.blobs import BlobStore, open_blobs
 from farm.config import Settings
-from farm.errors import DatabaseUnavailable, RenderFailed, StorageUnavailable
-from farm.pictures import Origin
+from farm.errors import DatabaseUnavailable, RenderFailed
 from farm.store import jobs, reads, sessions
 from farm.store.ids import JobRef
 from farm.store.jobs import Claim, Picture
 from tests.servers import poll
 from tests.store_kit import LANE, PICTURE, Kit, spec
-from workers import keeper as keeper_module
 from workers.claims import Claims
 from workers.heart import Heart
-from workers.keeper import Keeper
 from workers.recorder import Recorder
 
-PIXELS = np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)
 SETTINGS = Settings(retry_delay_s=0.0)
 
 
@@ -130,103 +124,6 @@ def test_a_claim_whose_answer_was_lost_goes_back(kit: Kit, monkeypatch: pytest.M
     claims.forget(bundle)
     claims._sweep(session)
     assert kit.states(batch) == {"queued": 2}
-
-
-class Flaky:
-    """A store that is away for the first `faults` writes."""
-
-    def __init__(self, real: BlobStore, faults: int) -> None:
-        self._real, self.faults = real, faults
-        self._lock = threading.Lock()
-
-    def put(self, key: str, data: bytes, content_type: str) -> None:
-        with self._lock:
-            self.faults -= 1
-            away = self.faults >= 0
-        if away:
-            raise StorageUnavailable("the store is away")
-        self._real.put(key, data, content_type)
-
-
-def keep(
-    kit: Kit, recorder: Recorder, tmp_path: Path, faults: int, pixels: np.ndarray = PIXELS
-) -> tuple[Keeper, Claim, BlobStore]:
-    real = open_blobs((tmp_path / "blobs").as_uri())
-    keeper = Keeper(Flaky(real, faults), Origin("fake", "ab" * 32), recorder)  # type: ignore[arg-type]
-    (claim,) = kit.claim(kit.batch(spec()), kit.session())
-    keeper.keep(claim, pixels, 0.1)
-    return keeper, claim, real
-
-
-def test_a_finished_picture_is_held_while_the_store_is_away(
-    kit: Kit, recorder: Recorder, tmp_path: Path
-) -> None:
-    keeper, claim, real = keep(kit, recorder, tmp_path, faults=2)
-    soon(lambda: state(kit, claim.ref) == "succeeded")
-    with kit.db.read() as connection:
-        job = reads.job(connection, claim.ref)
-    assert job.object_key
-    assert len(real.get(job.object_key)) == job.size_bytes
-    assert keeper.trouble == ""
-    keeper.close()
-
-
-@pytest.mark.parametrize("bound", [("MOST_WAITING", 2), ("MOST_BYTES", 2 * PIXELS.nbytes)])
-def test_the_engine_waits_when_too_many_pictures_do(
-    kit: Kit,
-    recorder: Recorder,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    bound: tuple[str, int],
-) -> None:
-    monkeypatch.setattr(keeper_module, *bound)
-    gate, real = threading.Event(), open_blobs((tmp_path / "blobs").as_uri())
-
-    class Gated(Flaky):
-        def put(self, key: str, data: bytes, content_type: str) -> None:
-            assert gate.wait(10)
-            real.put(key, data, content_type)
-
-    keeper = Keeper(Gated(real, 0), Origin("fake", "ab" * 32), recorder)  # type: ignore[arg-type]
-    batch = kit.batch(*(spec(str(i)) for i in range(40)))
-    claims = kit.claim(batch, kit.session(), limit=40)
-    kept: list[Claim] = []
-
-    def engine() -> None:
-        for claim in claims:
-            keeper.keep(claim, PIXELS, 0.1)
-            kept.append(claim)
-
-    thread = threading.Thread(target=engine)
-    thread.start()
-    soon(lambda: len(kept) == 2)
-    thread.join(0.05)
-    assert len(kept) == 2
-    gate.set()
-    thread.join(10)
-    soon(lambda: kit.states(batch) == {"succeeded": 40})
-    keeper.close()
-
-
-def test_a_store_that_stays_away_costs_no_failure(
-    kit: Kit, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(keeper_module, "PATIENCE_S", 0.0)
-    keeper, claim, _ = keep(kit, recorder, tmp_path, faults=1_000_000)
-    soon(lambda: state(kit, claim.ref) == "queued")
-    with kit.db.read() as connection:
-        job = reads.job(connection, claim.ref)
-    assert (job.failures, job.error_code) == (0, "ERR_STORAGE_UNAVAILABLE")
-    assert "away" in keeper.trouble
-    keeper.close()
-
-
-def test_pixels_of_a_wrong_size_fail_the_job_and_release_it(
-    kit: Kit, recorder: Recorder, tmp_path: Path
-) -> None:
-    keeper, claim, _ = keep(kit, recorder, tmp_path, faults=0, pixels=PIXELS[:32])
-    soon(lambda: state(kit, claim.ref) == "queued")
-    keeper.close()
 
 
 def test_the_heart_beats_passes_wishes_on_and_opens_anew_when_lost(kit: Kit) -> None:
