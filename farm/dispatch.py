@@ -24,10 +24,11 @@ def claim_bundle(db: Database, session_id: str, lane: Lane, limit: int) -> list[
     Running jobs decide, and they end: so no owner, nor a batch of his, waits for ever among equals.
     """
     with db.write() as connection:
-        if not sessions.is_open(connection, session_id):
+        claimant = sessions.claimant(connection, session_id)
+        if claimant is None:
             return []
-        memory = sessions.memory_of(connection, session_id)
-        for batch in turns.candidates(connection, lane, memory):
+        may = claimant.may_take()
+        for batch in turns.candidates(connection, lane, may):
             most = limit
             if batch.max_running is not None:
                 room = owners.room_to_run(connection, batch.owner, batch.max_running)
@@ -35,7 +36,7 @@ def claim_bundle(db: Database, session_id: str, lane: Lane, limit: int) -> list[
             if most < 1:
                 continue
             place = (connection, batch.id, batch.params, session_id, lane, most)
-            bundle = jobs.claim(*place, batch.asked_engine, memory)
+            bundle = jobs.claim(*place, batch.asked_engine, may)
             if bundle:
                 turns.take(connection, batch.owner, lane.model)
                 return bundle

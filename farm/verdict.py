@@ -38,13 +38,13 @@ def settle_failure(
         return jobs.fail(connection, held, error)
     delay = min(settings.retry_delay_s * 2.0**held.failures, MAX_DELAY_S)
     if isinstance(error, EnvironmentFault):
-        return jobs.requeue(connection, held, error, delay_s=delay)
+        return jobs.requeue(connection, held, error, delay_s=delay, avoid=True)
     quarantined = held.suspect and _is_own_doing(error)
     if quarantined or held.failures + 1 >= settings.max_failures:
         return jobs.fail(connection, held, error)
     if isinstance(error, EngineFault):
-        return jobs.requeue(connection, held, error, count=True, suspect=True)
-    return jobs.requeue(connection, held, error, count=True, delay_s=delay)
+        return jobs.requeue(connection, held, error, count=True, suspect=True, avoid=True)
+    return jobs.requeue(connection, held, error, count=True, delay_s=delay, avoid=True)
 
 
 def _is_own_doing(error: FarmError) -> bool:

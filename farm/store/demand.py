@@ -10,7 +10,7 @@ from sqlalchemy import Connection, select
 from farm.catalog import Lane
 from farm.pinning import Demand
 from farm.store import figures
-from farm.store.sessions import IS_LIVE
+from farm.store.sessions import CAN_WORK
 from farm.store.tables import now, sessions
 
 PICTURE_S, LOAD_S = 5.0, 60.0  # where nothing was measured yet
@@ -58,7 +58,7 @@ def demands(
 def _known(connection: Connection, lane: Lane, but: tuple[str, int] | None) -> _Known:
     known = _Known()
     query = (
-        select(sessions, IS_LIVE.label("live"), (now() - sessions.c.heartbeat_at).label("ago"))
+        select(sessions, CAN_WORK.label("serves"), (now() - sessions.c.heartbeat_at).label("ago"))
         .where(sessions.c.model == lane.model, sessions.c.engine == lane.engine)
         .order_by(sessions.c.opened_at.desc())
         .limit(64)
@@ -67,5 +67,5 @@ def _known(connection: Connection, lane: Lane, but: tuple[str, int] | None) -> _
         known.picture_s = row.seconds_per_picture or known.picture_s
         known.load_s = row.info.get("load_s") or known.load_s
         known.served_s = row.ago if known.served_s is None else min(known.served_s, row.ago)
-        known.workers += bool(row.live) and (row.host, row.pid) != but
+        known.workers += bool(row.serves) and (row.host, row.pid) != but
     return known

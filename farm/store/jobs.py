@@ -35,6 +35,7 @@ from farm.states import FINAL_STATES, JobState, may_become
 from farm.store.ids import JobRef
 from farm.store.rows import rows
 from farm.store.tables import (
+    ANYWHERE,
     POOL_ORDER,
     batches,
     counts,
@@ -43,7 +44,6 @@ from farm.store.tables import (
     is_due,
     is_state,
     jobs,
-    may_fit,
     now,
 )
 
@@ -135,15 +135,15 @@ def claim(
     lane: Lane,
     limit: int,
     asked: str = "",
-    memory: int | None = None,
+    may: ColumnElement[bool] = ANYWHERE,
 ) -> list[Claim]:
     """queued -> running: the batch's next rows of one key, in order; a suspect comes alone.
 
     `asked`: those that ask for this engine, which must be the lane's; '': those that ask for none.
-    `memory`: the worker's, in bytes; jobs known to need more are left to others.
+    `may`: the jobs that this worker may take; the rest is left to others.
     """
     pool = in_pool(batch_id, lane.model, asked)
-    in_order = select(jobs.c.idx).where(pool, is_due(), may_fit(memory)).order_by(*POOL_ORDER)
+    in_order = select(jobs.c.idx).where(pool, is_due(), may).order_by(*POOL_ORDER)
     in_order = in_order.with_for_update(skip_locked=True)
     head = connection.execute(in_order.add_columns(jobs.c.key, jobs.c.suspect).limit(1)).first()
     if head is None:
@@ -391,9 +391,11 @@ def requeue(
     suspect: bool = False,
     delay_s: float = 0.0,
     needs_memory: int | None = None,
+    avoid: bool = False,
 ) -> bool:
     """running -> queued: retry, lease expired or shutdown; to cancelled if that was asked for.
 
+    `avoid`: this session gets it again when no other can take it, or none has for AVOID_S seconds.
     `needs_memory`: only workers with more than so many bytes may claim it from now on.
     """
     if cancel_running(connection, held, if_requested=True):
@@ -405,12 +407,14 @@ def requeue(
         "started_at": None,
         "progress": 0.0,
         "failures": jobs.c.failures + int(count),
-        "not_before": now() + delay_s if delay_s else None,
+        "not_before": now() + delay_s if delay_s or avoid else None,
         "error_code": error.code,
         "error": error.message,
     }
     if suspect:
         values["suspect"] = True
+    if avoid:
+        values["avoid_session"] = held.session_id
     if needs_memory is not None:
         values["needs_memory"] = needs_memory
     return _leave(connection, held, QUEUED, values, error)
@@ -543,6 +547,7 @@ def redrive(
         "suspect": False,
         "not_before": None,
         "needs_memory": None,
+        "avoid_session": None,
         "error_code": None,
         "error": None,
         "cancel_requested": False,

@@ -6,16 +6,18 @@ import secrets
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, func, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, func, select, update
 
 from farm.catalog import Lane
 from farm.states import JobState
 from farm.store.ids import JobRef
-from farm.store.tables import is_state, jobs, now, sessions
+from farm.store.tables import is_state, jobs, may_fit, not_avoided, now, sessions
 
 AWAY_S = 300.0  # a worker that restarts is waited for
+AT_WORK = ("idle", "rendering")  # states of a session that takes jobs now
 _RUNNING = is_state(JobState.RUNNING)
 IS_LIVE = and_(sessions.c.closed_at.is_(None), sessions.c.expires_at >= now())
+CAN_WORK = and_(IS_LIVE, sessions.c.state != "resting")
 
 
 @dataclass(frozen=True)
@@ -143,10 +145,44 @@ def close_lost(connection: Connection, session_id: str) -> bool:
     return bool(moved.rowcount)
 
 
-def is_open(connection: Connection, session_id: str) -> bool:
-    """Whether the session may claim. What it claims while it is ended, `orphaned` finds."""
-    query = select(sessions.c.id).where(sessions.c.id == session_id, sessions.c.closed_at.is_(None))
-    return connection.execute(query).first() is not None
+@dataclass(frozen=True)
+class Claimant:
+    """A session that claims. `memory`: bytes that its engine may use; None: nobody knows.
+
+    `others`: who else takes jobs of its model now: by engine asked for ('': none), the most memory
+    in bytes (0: unknown) that such a worker has.
+    """
+
+    session_id: str
+    memory: int | None
+    others: dict[str, int]
+
+    def may_take(self) -> ColumnElement[bool]:
+        """Jobs that are not too large for it, and not left to others."""
+        return and_(may_fit(self.memory), not_avoided(self.session_id, self.others))
+
+
+def claimant(connection: Connection, session_id: str) -> Claimant | None:
+    """None: the session has ended. What it claims while it is ended, `orphaned` finds."""
+    me, other = sessions.alias("me"), sessions.alias("other")
+    at_work = and_(
+        other.c.model == me.c.model,
+        other.c.id != me.c.id,
+        other.c.closed_at.is_(None),
+        other.c.expires_at >= now(),
+        other.c.state.in_(AT_WORK),
+    )
+    query = (
+        select(me.c.engine, me.c.memory, other.c.engine, func.coalesce(other.c.memory, 0))
+        .outerjoin(other, at_work)
+        .where(me.c.id == session_id, me.c.closed_at.is_(None))
+    )
+    rows = connection.execute(query).all()
+    others: dict[str, int] = {}
+    for mine, _, engine, has in rows:
+        for asked in ("", engine) if engine == mine else ("",) if engine else ():
+            others[asked] = max(has, others.get(asked, 0))
+    return Claimant(session_id, rows[0][1], others) if rows else None
 
 
 def memory_of(connection: Connection, session_id: str) -> int | None:
@@ -212,10 +248,10 @@ def live(connection: Connection) -> list[Worker]:
 
 
 def live_lanes(connection: Connection) -> dict[Lane, int]:
-    """How many workers serve each lane now."""
+    """How many workers serve each lane now; those that rest do not."""
     query = (
         select(sessions.c.model, sessions.c.engine, func.count())
-        .where(IS_LIVE)
+        .where(CAN_WORK)
         .group_by(sessions.c.model, sessions.c.engine)
     )
     return {Lane(model, engine): n for model, engine, n in connection.execute(query)}

@@ -5,6 +5,7 @@ The invariants stand here as CHECK constraints, so that no code path can break t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import (
@@ -28,8 +29,10 @@ from sqlalchemy import (
     func,
     literal,
     literal_column,
+    not_,
     or_,
     text,
+    true,
     tuple_,
 )
 from sqlalchemy.ext.compiler import compiles
@@ -248,10 +251,29 @@ def is_due() -> ColumnElement[bool]:
     return and_(is_state(JobState.QUEUED), not_held_back)
 
 
+ANYWHERE = jobs.c.needs_memory.is_(None)
+"""Jobs that any worker of a lane may take."""
+
+
 def may_fit(memory: int | None) -> ColumnElement[bool]:
     """Not known to need more memory than a worker's `memory` in bytes (None: unknown)."""
-    anywhere = jobs.c.needs_memory.is_(None)
-    return anywhere if memory is None else or_(anywhere, jobs.c.needs_memory < memory)
+    return ANYWHERE if memory is None else or_(ANYWHERE, jobs.c.needs_memory < memory)
+
+
+AVOID_S = 60.0  # that a job which may run is kept from the worker that failed it last
+
+
+def not_avoided(session_id: str, others: Mapping[str, int]) -> ColumnElement[bool]:
+    """Did not fail in this session of late, or no other one can take it.
+
+    `others`: by engine asked for, the most memory in bytes that another worker has (0: unknown).
+    """
+    able = [and_(jobs.c.asked_engine == asked, may_fit(memory)) for asked, memory in others.items()]
+    if not able:
+        return true()
+    for_long = func.coalesce(jobs.c.not_before, 0.0) + AVOID_S <= now()
+    here = jobs.c.avoid_session
+    return or_(here.is_(None), here != session_id, for_long, not_(or_(*able)))
 
 
 # Every change of a job's state that is not the plain way, with its reason.

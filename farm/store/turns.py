@@ -25,13 +25,13 @@ from sqlalchemy.dialects import postgresql, sqlite
 from farm.catalog import Lane
 from farm.store.owners import ALL
 from farm.store.tables import (
+    ANYWHERE,
     POOL_ORDER,
     batches,
     counts,
     in_pool,
     is_due,
     jobs,
-    may_fit,
     now,
     owners,
     turns,
@@ -67,7 +67,7 @@ def backlog(connection: Connection) -> dict[tuple[str, str], int]:
 
 
 def candidates(
-    connection: Connection, lane: Lane, memory: int | None = None, limit: int = 16
+    connection: Connection, lane: Lane, may: ColumnElement[bool] = ANYWHERE, limit: int = 16
 ) -> list[Row[Any]]:
     """The first `limit` batches that have jobs for a lane now, in the order to try them.
 
@@ -76,7 +76,7 @@ def candidates(
     served longest ago (a new one counts from its submit, so that no stream of new ones passes an
     old one for ever). Of a batch, first the jobs that ask for this very engine (`asked_engine`).
     Owners at their limit of running jobs are left out; `max_running` is that limit, if any.
-    `memory`: the worker's, in bytes; jobs known to need more do not count.
+    `may`: the jobs that the worker may take; others do not count.
     """
     opened = _open()
     load = _load(opened, lane)
@@ -105,7 +105,7 @@ def candidates(
         .subquery("ranked")
     )
     pool = in_pool(ranked.c.id, lane.model, ranked.c.asked_engine)
-    due = select(jobs.c.idx).where(pool, is_due(), may_fit(memory))
+    due = select(jobs.c.idx).where(pool, is_due(), may)
     first = due.order_by(*POOL_ORDER).limit(1).scalar_subquery()
     params = select(batches.c.params).where(batches.c.id == ranked.c.id).scalar_subquery()
     query = select(ranked, params.label("params")).where(first.is_not(None)).limit(limit)
