@@ -20,6 +20,7 @@ from farm.engines import PACKAGES, missing_packages
 from farm.errors import FarmError
 from farm.service import Farm
 from farm.store import schema
+from farm.store.schema import Fit
 from farm.store.tables import now
 
 Verdict = Literal["ok", "warn", "fail"]
@@ -171,9 +172,13 @@ def _database(farm: Farm) -> list[Check]:
 
 
 def _schema(farm: Farm) -> Check:
-    revision, head = schema.current(farm.db), schema.head()
-    if revision == head:
+    revision, head, fit = schema.current(farm.db), schema.head(), schema.fit(farm.db)
+    if fit is Fit.CURRENT:
         return Check("schema", "ok", f"revision {revision}")
+    if fit in (Fit.NEWER, Fit.TOO_NEW):
+        verdict: Verdict = "warn" if fit is Fit.NEWER else "fail"
+        text = f"revision {revision} is newer than this version's, {head}"
+        return Check("schema", verdict, text, "install the version of the farm that upgraded it")
     if farm.db.dialect == "sqlite":
         text = f"{f'revision {revision}' if revision else 'empty'}, made {head} at first use"
         return Check("schema", "ok", text)

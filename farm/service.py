@@ -45,6 +45,7 @@ from farm.store.batches import BatchStatus, Once
 from farm.store.db import Database
 from farm.store.ids import JobRef
 from farm.store.reads import Job
+from farm.store.schema import Fit
 from farm.store.sessions import Worker
 from farm.submitting import Options, Plan, submit
 from farm.templates import Template
@@ -91,14 +92,20 @@ class Farm:
         return chain(Blocklist.read(blocked) if blocked else None)
 
     def check_schema(self) -> None:
-        """Raises InvalidConfig when the database's schema is not this version's."""
-        found = schema.current(self.db)
-        if found == schema.head():
-            return
-        if self.db.dialect == "sqlite":
+        """Raises InvalidConfig when this version cannot work with the database's schema.
+
+        One that is newer will do, as long as nothing was ended that this version needs.
+        """
+        fit = schema.fit(self.db)
+        if fit is Fit.TOO_NEW:
+            raise schema.too_new(self.db)
+        if fit is Fit.NEWER:
+            found, mine = schema.current(self.db), schema.head()
+            log.warning("%s is newer (%s) than this version (%s)", self.db.shown, found, mine)
+        elif fit is not Fit.CURRENT and self.db.dialect == "sqlite":
             schema.upgrade(self.db)
-        else:
-            state = f"at revision {found}" if found else "empty"
+        elif fit is not Fit.CURRENT:
+            state = f"at revision {schema.current(self.db)}" if fit is Fit.OLDER else "empty"
             raise InvalidConfig(f"{self.db.shown} is {state}; run: farm db upgrade")
 
     # ---- submit

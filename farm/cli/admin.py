@@ -118,17 +118,22 @@ def upgrade(as_json: Json = False) -> None:
 
 @db.command("current", epilog=examples("farm db current"))
 def current(as_json: Json = False) -> None:
-    """Show the schema's revision; exits with 1 if it is not this version's."""
+    """Show the schema's revision; exits with 1 if this version cannot work with it."""
     from farm.service import Farm
     from farm.store import schema
 
     with Farm(settings()) as farm:
-        found, head = schema.current(farm.db), schema.head()
+        found, head, fit = schema.current(farm.db), schema.head(), schema.fit(farm.db)
     if as_json:
         print_json({"current": found, "head": head})
     else:
         print_line(found or "empty")
-    if found != head:
+    if fit is schema.Fit.NEWER:
+        hint(f"it is newer than this version's, {head}, which works with it still")
+    elif fit is schema.Fit.TOO_NEW:
+        hint(f"this version knows {head}: install the version of the farm that upgraded it")
+        raise typer.Exit(1)
+    elif fit is not schema.Fit.CURRENT:
         hint(f"this version needs {head}: farm db upgrade")
         raise typer.Exit(1)
 

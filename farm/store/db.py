@@ -87,10 +87,21 @@ class Database:
             yield connection
 
     @contextmanager
-    def _transaction(self, *, write: bool) -> Iterator[Connection]:
+    def migrate(self) -> Iterator[Connection]:
+        """One writing transaction in which tables may be made anew, on a connection of its own.
+
+        SQLite's foreign keys are off in it, for dropping a table would delete what refers to it
+        (https://www.sqlite.org/lang_altertable.html, 7). Raises DatabaseUnavailable.
+        """
+        with self._transaction(write=True, foreign_keys=False) as connection:
+            connection.detach()  # the next one from the pool has its foreign keys
+            yield connection
+
+    @contextmanager
+    def _transaction(self, *, write: bool, foreign_keys: bool = True) -> Iterator[Connection]:
         try:
-            engine = self.engine.execution_options(farm_write=write)
-            with engine.begin() as connection:
+            options = {"farm_write": write, "farm_foreign_keys": foreign_keys}
+            with self.engine.execution_options(**options).begin() as connection:
                 yield connection
         except (OperationalError, InterfaceError, InternalError, PoolTimeout) as error:
             if "no such table" in str(error):
@@ -133,5 +144,7 @@ def _sqlite_connect(connection: Any, record: Any) -> None:
 
 def _sqlite_begin(connection: Connection) -> None:
     """A writer takes the lock at once: upgrading a read lock later would fail as `locked`."""
-    write = connection.get_execution_options().get("farm_write")
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+    options = connection.get_execution_options()
+    if not options.get("farm_foreign_keys", True):
+        connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("farm_write") else "BEGIN")

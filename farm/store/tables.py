@@ -1,6 +1,7 @@
 """The tables. Times are seconds since 1970 in UTC, taken from the database's clock only.
 
-The invariants stand here as CHECK constraints, so that no code path can break them.
+The invariants stand here as CHECK constraints, so that no code path can break them. None compares
+two times: the database's clock may be set back.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ metadata = MetaData(
 )
 
 STATES = tuple(JobState)
+SESSION_STATES = ("idle", "rendering", "waiting", "resting")
+EVENT_KINDS = ("requeued", "failed", "cancelled", "redriven", "repaired")
 
 
 def _in(column: str, values: Any) -> str:
@@ -98,6 +101,9 @@ batches = Table(
     Column("finished_at", Double),  # last time that its last job reached a final state
     Column("idempotency_key", String(255)),  # of the request that made it, one an owner
     Column("request_sha256", String(64)),  # what that request held
+    CheckConstraint("total >= 0", name="total_not_negative"),
+    CheckConstraint("NOT whole OR ready", name="whole_is_ready"),
+    CheckConstraint("finished_at IS NULL OR whole", name="finished_is_whole"),
     Index("ix_batches_idempotency", "owner", "idempotency_key", unique=True),
     Index(
         "ix_batches_open",
@@ -172,6 +178,28 @@ jobs = Table(
     ),
     CheckConstraint("state <> 'failed' OR error_code IS NOT NULL", name="failed_has_code"),
     CheckConstraint("(state = 'running') = (session_id IS NOT NULL)", name="running_has_session"),
+    CheckConstraint("(state = 'succeeded') = (object_key IS NOT NULL)", name="object_if_succeeded"),
+    CheckConstraint("idx >= 0 AND claim_no >= 0 AND failures >= 0", name="numbers_not_negative"),
+    CheckConstraint(
+        "size_bytes >= 0 AND render_s >= 0 AND needs_memory >= 0", name="sizes_not_negative"
+    ),
+    CheckConstraint("progress >= 0 AND progress <= 1", name="progress_is_fraction"),
+    CheckConstraint(
+        "state <> 'queued' OR (engine IS NULL AND started_at IS NULL AND progress = 0)",
+        name="queued_is_unbegun",
+    ),
+    CheckConstraint(
+        "state <> 'running' OR (engine IS NOT NULL AND claim_no > 0)", name="running_has_claim"
+    ),
+    CheckConstraint(
+        "state <> 'succeeded' OR (engine IS NOT NULL AND claim_no > 0 AND started_at IS NOT NULL"
+        " AND size_bytes IS NOT NULL AND error_code IS NULL)",
+        name="succeeded_was_claimed",
+    ),
+    CheckConstraint(
+        "state <> 'failed' OR (claim_no > 0 AND failures > 0)", name="failed_has_failures"
+    ),
+    CheckConstraint("state <> 'cancelled' OR error_code IS NOT NULL", name="cancelled_has_code"),
     Index(
         "ix_jobs_queued",
         "batch_id",
@@ -284,11 +312,12 @@ events = Table(
     Column("batch_id", ForeignKey("batches.id", ondelete="CASCADE"), nullable=False),
     Column("idx", Integer, nullable=False),
     Column("at", Double, nullable=False),
-    Column("kind", String(20), nullable=False),  # requeued, failed, cancelled, redriven
+    Column("kind", String(20), nullable=False),
     Column("code", String(40)),
     Column("message", Text),
     Column("session_id", String(32)),
     Column("claim_no", Integer),
+    CheckConstraint(_in("kind", EVENT_KINDS), name="kind_known"),
     Index("ix_job_events_job", "batch_id", "idx"),
 )
 
@@ -320,7 +349,7 @@ sessions = Table(
     Column("memory", BigInteger),  # bytes that its engine may use on the device
     Column("host", Text, nullable=False),
     Column("pid", Integer, nullable=False),
-    Column("state", String(12), nullable=False, server_default="idle"),  # idle, rendering, waiting
+    Column("state", String(12), nullable=False, server_default="idle"),
     Column("note", Text, nullable=False, server_default=""),  # why it waits, for a person
     Column("info", JSON, nullable=False),  # versions, micro-batch: what the lane promises
     # and what a lack of memory taught it
@@ -333,6 +362,13 @@ sessions = Table(
     Column("expires_at", Double, nullable=False),
     Column("closed_at", Double),
     Column("lost", Boolean, nullable=False, server_default=text("false")),
+    CheckConstraint(_in("state", SESSION_STATES), name="state_known"),
+    CheckConstraint("NOT lost OR closed_at IS NOT NULL", name="lost_is_closed"),
+    CheckConstraint(
+        "rendered >= 0 AND stored_bytes >= 0 AND spooled >= 0 AND memory >= 0"
+        " AND seconds_per_picture >= 0",
+        name="figures_not_negative",
+    ),
     Index(
         "ix_sessions_open",
         "expires_at",
@@ -348,6 +384,7 @@ owners = Table(
     Column("owner", Text, primary_key=True),
     Column("max_queued", Integer),
     Column("max_running", Integer),
+    CheckConstraint("max_queued >= 0 AND max_running >= 0", name="limits_not_negative"),
 )
 
 # When an owner was last given jobs of a model: among equals the longest unserved goes first.
@@ -366,6 +403,11 @@ leases = Table(
     Column("name", String(32), primary_key=True),
     Column("holder", String(64), nullable=False),
     Column("expires_at", Double, nullable=False),
+)
+
+# One row: the oldest revision whose code works with this schema still. See farm.store.schema.
+schema_floor = Table(
+    "schema_floor", metadata, Column("revision", String(32), primary_key=True, nullable=False)
 )
 
 # Who may use the HTTP API. The secret itself is nowhere, its SHA-256 only.
@@ -393,6 +435,7 @@ __all__ = [
     "jobs",
     "metadata",
     "now",
+    "schema_floor",
     "sessions",
     "tokens",
 ]

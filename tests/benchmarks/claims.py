@@ -93,8 +93,8 @@ def _end_most(kit: Kit, batch: str, until: int) -> None:
     with kit.db.write() as connection:
         ended = connection.execute(
             text(
-                "UPDATE jobs SET state = 'cancelled', finished_at = 1 WHERE batch_id = :batch "
-                "AND idx < :until AND state = 'queued'"
+                "UPDATE jobs SET state = 'cancelled', finished_at = 1, error_code = 'ERR_X' "
+                "WHERE batch_id = :batch AND idx < :until AND state = 'queued'"
             ),
             place,
         ).rowcount

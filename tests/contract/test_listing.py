@@ -70,7 +70,12 @@ def _put(connection: Any, made: str, idxs: list[int], *how: Any) -> None:
         "error_code": code,
         "finished_at": batches.now() - 3600 if ended else None,
         "session_id": None if ended else session_id,
-        "object_key": "pictures/x.png",
+        "claim_no": 2,
+        "failures": 1,
+        "engine": "fake",
+        "started_at": batches.now() - 3700,
+        "object_key": "pictures/x.png" if state == "succeeded" else None,
+        "size_bytes": 10,
         "sha256": "0" * 64,
         "fingerprint": cast(jobs_table.c.idx, String),
     }
