@@ -19,7 +19,6 @@ from tests.servers import PostgresServer, RedisServer, S3Server
 
 TTL_S = float(os.environ.get("CHAOS_TTL_S", "3"))  # 30 is what a farm has by default
 SPARE_S = 5.0  # allowed beyond the session's time to live
-STARTED = [point for point in POINTS if point != "after the claim"]
 STORED = ["after the object is stored", "before the record is committed"]
 
 
