@@ -104,6 +104,7 @@ def make_app(url: str) -> Celery:
         worker_cancel_long_running_tasks_on_connection_loss=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        broker_channel_error_retry=True,  # Redis that is full, or read-only after a failover
         broker_transport_options=_TRANSPORT,
         enable_utc=True,
     )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import random
 import shutil
 import signal
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from celery.platforms import SecurityWarning
 from celery.worker import state as celery_state
 
 from farm import logs
-from farm.broker import TASK, Broker
+from farm.broker import TASK
 from farm.catalog import Catalog, Lane, load_catalog
 from farm.config import load_settings
 from farm.errors import DatabaseUnavailable, FarmError, InvalidConfig
@@ -28,6 +30,7 @@ from farm.units import GB, parse_size
 from workers.child import Child
 from workers.engine import EngineConfig
 from workers.runner import Runner
+from workers.watchdog import Watchdog
 
 log = logging.getLogger("farm.worker")
 
@@ -90,13 +93,22 @@ def _serve(args: argparse.Namespace, engine_log: Path) -> int:
         config,
         load_timeout_s=settings.load_timeout_s,
         step_timeout_s=settings.step_timeout_s,
+        decode_timeout_s=settings.decode_timeout_s,
         log=engine_log,
     )
     runner = Runner(config, child, settings, farm.db, farm.broker, farm.blobs)
+
+    def again() -> None:
+        """The same worker anew, in this process: same pid, same parent, same arguments."""
+        runner.close()
+        farm.close()
+        shutil.rmtree(engine_log.parent, ignore_errors=True)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - ourselves
+
     info = runner.start()
     log.info("%s loaded on %s, micro-batches of %d", lane.model, info.device, info.micro_batch)
     try:
-        return _consume(farm.broker, lane, runner)
+        return _consume(farm, lane, runner, again)
     finally:
         runner.close()
         farm.close()
@@ -121,24 +133,28 @@ def _await_schema(farm: Farm) -> None:
         except DatabaseUnavailable as error:
             log.warning("%s; trying again", error.message)
             wait = min(wait * 2, 10.0)
-            time.sleep(wait)
+            time.sleep(wait * random.uniform(0.5, 1.5))
 
 
-def _consume(broker: Broker, lane: Lane, runner: Runner) -> int:
-    """Celery's consumer in this thread, the work in its one pool thread."""
+def _consume(farm: Farm, lane: Lane, runner: Runner, again: Callable[[], None]) -> int:
+    """Celery's consumer in this thread, the work in its one pool thread, or in the watchdog's."""
 
     def render(model: str, engine: str) -> None:
         if (model, engine) != lane:
             log.warning("a token of %s/%s on the queue of %s is dropped", model, engine, lane.queue)
             return
+        watchdog.token()
+
+    def work() -> None:
         runner.work()
         if runner.broken.is_set():
             celery_state.should_stop = 1
 
     def stop(**_: Any) -> None:
+        watchdog.stop()
         runner.stop()
 
-    app = broker.app
+    app = farm.broker.app
     app.task(render, name=TASK, ignore_result=True)
     signals.worker_shutting_down.connect(stop)
     signals.setup_logging.connect(_keep_logging)
@@ -152,8 +168,18 @@ def _consume(broker: Broker, lane: Lane, runner: Runner) -> int:
         quiet=True,
         optimization="fair",
     )
+    watchdog = Watchdog(
+        lane,
+        farm.db,
+        farm.broker,
+        work=work,
+        consumer=lambda: getattr(worker, "consumer", None),
+        again=again,
+    )
+    watchdog.start()
     runner.ring()
     worker.start()
+    watchdog.join()
     return 1 if runner.broken.is_set() else int(worker.exitcode or 0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import socket
 import threading
 from collections.abc import Callable
@@ -59,7 +60,7 @@ class Heart:
             except DatabaseUnavailable as error:
                 log.warning("%s; trying again", error.message)
                 wait = min(wait * 2, 10.0)
-                if self._stop.wait(wait):
+                if self._stop.wait(wait * random.uniform(0.5, 1.5)):
                     return
         self._thread.start()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -151,7 +152,7 @@ class Recorder:
                 if wait == MAX_BACKOFF_S:
                     log.warning("%s; %d records wait for it", error.message, len(group))
                 wait = min(wait * 2, MAX_BACKOFF_S)
-                time.sleep(wait)
+                time.sleep(wait * random.uniform(0.5, 1.5))
 
     def _apply(self, connection: Connection, group: _Group) -> set[JobRef]:
         jobs.lock(connection, group.claims())

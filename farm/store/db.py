@@ -8,20 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import (
-    ArgumentError,
-    DBAPIError,
-    InterfaceError,
-    InternalError,
-    OperationalError,
-    ProgrammingError,
-)
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from farm.errors import DatabaseUnavailable, InvalidConfig
+from farm.errors import DatabaseUnavailable, FarmError, InvalidConfig, InvalidParameter
 
 BUSY_TIMEOUT_S = 30
-UNDEFINED_TABLE = "42P01"  # https://www.postgresql.org/docs/current/errcodes-appendix.html
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
+UNDEFINED_TABLE = "42P01"
+_NOT_OURS = {"42501", "0A000"}  # a right was taken away; a plan was made before a migration
 POSTGRES = {  # a server that fell silent is given up after about 20 s
     "application_name": "farm",
     "connect_timeout": 5,
@@ -75,14 +70,15 @@ class Database:
     def write(self) -> Iterator[Connection]:
         """One writing transaction: committed at the end of the block, rolled back on an exception.
 
-        Raises DatabaseUnavailable when the database is away.
+        Raises DatabaseUnavailable when the database is away, and InvalidParameter for a number or
+        a text that no column holds.
         """
         with self._transaction(write=True) as connection:
             yield connection
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """One reading transaction. Raises DatabaseUnavailable when the database is away."""
+        """One reading transaction. Raises as `write` does."""
         with self._transaction(write=False) as connection:
             yield connection
 
@@ -103,27 +99,30 @@ class Database:
             options = {"farm_write": write, "farm_foreign_keys": foreign_keys}
             with self.engine.execution_options(**options).begin() as connection:
                 yield connection
-        except (OperationalError, InterfaceError, InternalError, PoolTimeout) as error:
-            if "no such table" in str(error):
-                raise self._no_schema() from error
-            raise DatabaseUnavailable(
-                f"{self.shown} does not answer: {_first_line(error)}"
-            ) from error
-        except ProgrammingError as error:
-            if getattr(error.orig, "sqlstate", "") == UNDEFINED_TABLE:
-                raise self._no_schema() from error
+        except (OverflowError, UnicodeEncodeError) as error:
+            raise InvalidParameter(f"the database cannot hold this: {error}") from error
+        except (DBAPIError, PoolTimeout, self.engine.dialect.loaded_dbapi.Error) as error:
+            if fault := self._fault(error):
+                raise fault from error
             raise
 
-    def _no_schema(self) -> InvalidConfig:
-        return InvalidConfig(f"{self.shown} has no schema yet; run: farm db upgrade")
+    def _fault(self, error: Exception) -> FarmError | None:
+        """What an error of the driver means; None: a statement is wrong, or a constraint held."""
+        cause = getattr(error, "orig", None) or error
+        state = getattr(cause, "sqlstate", None)
+        driver = self.engine.dialect.loaded_dbapi
+        why = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        if state == UNDEFINED_TABLE or "no such table" in why:
+            return InvalidConfig(f"{self.shown} has no schema yet; run: farm db upgrade")
+        if isinstance(cause, driver.DataError):
+            return InvalidParameter(f"the database cannot hold this: {why}")
+        ours = (driver.IntegrityError, driver.ProgrammingError, driver.NotSupportedError)
+        if isinstance(cause, ours) and state not in _NOT_OURS:
+            return None
+        return DatabaseUnavailable(f"{self.shown} does not answer: {why}")
 
     def close(self) -> None:
         self.engine.dispose()
-
-
-def _first_line(error: Exception) -> str:
-    cause = error.orig if isinstance(error, DBAPIError) and error.orig else error
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
 
 
 def _postgres_connect(connection: Any, record: Any) -> None:
