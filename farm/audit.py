@@ -103,7 +103,7 @@ def audit(
     """
     told = Audited()
     batch_ids = None if batch_ids is None else list(batch_ids)
-    chosen = _all(db, after) if batch_ids is None else batch_ids
+    chosen = store.every_batch(db, after) if batch_ids is None else batch_ids
     with ThreadPoolExecutor(THREADS, thread_name_prefix="audit") as pool:
         for batch_id in chosen:
             _check_batch(told, db, batch_id)
@@ -119,16 +119,6 @@ def audit(
             _check_objects(told, db, blobs, prefix, progress)
     _check_holders(told, db, None if batch_ids is None else set(batch_ids))
     return told
-
-
-def _all(db: Database, after: str) -> Iterator[str]:
-    while True:
-        with db.read() as connection:
-            page = store.batch_ids(connection, after, PAGE)
-        yield from page
-        if len(page) < PAGE:
-            return
-        after = page[-1]
 
 
 def _pages(db: Database, batch_id: str) -> Iterator[list[Recorded]]:
@@ -148,7 +138,7 @@ def _check_batch(told: Audited, db: Database, batch_id: str) -> None:
         for drift in counters.drift(connection, batch_id):
             told.find("counters", batch_id, f"the counters of batch {batch_id} are wrong: {drift}")
         if counters.wrong_ends(connection, batch_id):
-            told.find("end", batch_id, f"batch {batch_id} has a time of end and is open, or none")
+            told.find("end", batch_id, f"the time of end of batch {batch_id} does not fit its jobs")
 
 
 def _check_pictures(

@@ -56,17 +56,25 @@ def ring(db: Database, broker: Broker, models: Iterable[str] | None, per_worker:
     A lane without work or without workers gets none. Returns the tokens sent. Raises
     BrokerUnavailable or DatabaseUnavailable; ringing again later mends everything.
     """
+    missing = missing_tokens(db, broker, models, per_worker)
+    for lane, n in missing.items():
+        broker.publish(lane, n)
+    return sum(missing.values())
+
+
+def missing_tokens(
+    db: Database, broker: Broker, models: Iterable[str] | None, per_worker: int
+) -> dict[Lane, int]:
+    """How many tokens each of these lanes lacks, as `ring` counts them."""
     with db.read() as connection:
         waiting = turns.backlog(connection)
         workers = sessions.live_lanes(connection)
-    sent = 0
+    found = {}
     for lane, n in workers.items():
         mine = waiting.get((lane.model, ""), 0) + waiting.get((lane.model, lane.engine), 0)
         if not mine or (models is not None and lane.model not in models):
             continue
-        wanted = min(n * per_worker, mine)
-        missing = wanted - broker.length(lane)
+        missing = min(n * per_worker, mine) - broker.length(lane)
         if missing > 0:
-            broker.publish(lane, missing)
-            sent += missing
-    return sent
+            found[lane] = missing
+    return found

@@ -15,7 +15,20 @@ from typing import Annotated, Any
 
 import typer
 
-from farm.cli import admin, jobs, look, manage, models, owners, prune, results, run, serve, submit
+from farm.cli import (
+    admin,
+    jobs,
+    look,
+    manage,
+    models,
+    owners,
+    prune,
+    results,
+    run,
+    serve,
+    submit,
+    upkeep,
+)
 from farm.cli.context import examples, options, use
 from farm.cli.output import clean, print_json, print_row_errors
 from farm.errors import EnvironmentFault, FarmError, Invalid
@@ -33,7 +46,10 @@ app = typer.Typer(
         "farm status latest",
     ),
 )
-for room in (submit, look, jobs, results, manage, prune, run, serve, models, owners, admin):
+_ROOMS = (
+    submit, look, jobs, results, manage, prune, upkeep, run, serve, models, owners, admin,
+)  # fmt: skip
+for room in _ROOMS:
     room.register(app)
 
 

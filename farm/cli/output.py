@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
     from farm.errors import RowError
 
-_COMMAND = re.compile(r"\bfarm (?=(?:watch|results|status|retry|cancel|resume|up|worker|submit)\b)")
+_COMMAND = re.compile(
+    r"\bfarm (?=(?:watch|results|status|retry|cancel|resume|up|worker|submit|prune|audit"
+    r"|reconcile)\b)"
+)
 Cell = str | int | float | None
 
 

@@ -209,7 +209,7 @@ def dispatcher() -> None:
     with Farm(conf) as farm:
         _await_schema(farm, stop)
         note("dispatching")
-        run_dispatcher(farm.db, farm.broker, conf, stop)
+        run_dispatcher(farm.db, farm.broker, conf, stop, lambda: farm.blobs)
 
 
 def _await_schema(farm: Any, stop: threading.Event) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Select, func, select
+from sqlalchemy import Connection, Select, func, or_, select
 
 from farm.states import JobState
+from farm.store.db import Database
 from farm.store.ids import JobRef
 from farm.store.sessions import IS_LIVE
-from farm.store.tables import batches, counts, is_state, jobs, sessions
+from farm.store.tables import batches, counts, is_state, jobs, now, sessions
+
+PAGE = 1_000
 
 
 class Recorded(NamedTuple):
@@ -60,10 +64,23 @@ def held_by_the_dead(connection: Connection) -> list[tuple[JobRef, str]]:
     ]
 
 
-def batch_ids(connection: Connection, after: str = "", limit: int = 1000) -> list[str]:
-    """The next batches behind that id, the oldest first."""
-    query = select(batches.c.id).where(batches.c.id > after).order_by(batches.c.id)
-    return list(connection.scalars(query.limit(limit)))
+def every_batch(db: Database, after: str = "") -> Iterator[str]:
+    """The batches behind that id, the oldest first; in a short transaction for each page."""
+    while True:
+        query = select(batches.c.id).where(batches.c.id > after).order_by(batches.c.id)
+        with db.read() as connection:
+            page = list(connection.scalars(query.limit(PAGE)))
+        yield from page
+        if len(page) < PAGE:
+            return
+        after = page[-1]
+
+
+def busy_batches(connection: Connection, within_s: float) -> list[str]:
+    """Batches that are open, or ended so many seconds ago or less."""
+    ended = batches.c.finished_at
+    query = select(batches.c.id).where(or_(ended.is_(None), ended > now() - within_s))
+    return list(connection.scalars(query))
 
 
 def pictures(connection: Connection, batch_id: str | None = None, after: str = "") -> int:

@@ -35,7 +35,7 @@ class Drift:
             for state, n in self.counted.items()
             if n != kept.get(state, 0)
         ]
-        return f"of {pool}: " + "; ".join(told)
+        return f"{pool}: " + "; ".join(told)
 
 
 def drift(connection: Connection, batch_id: str) -> list[Drift]:

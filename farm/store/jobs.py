@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     Column,
@@ -599,11 +599,22 @@ def _move_waiting(
 _NEEDY = and_(is_state(QUEUED), jobs.c.needs_memory.is_not(None))
 
 
-def memory_needs(connection: Connection) -> list[tuple[Lane, int]]:
-    """What queued jobs are known to need more bytes than; a lane with engine '' is any engine."""
-    columns = (jobs.c.model, jobs.c.asked_engine, jobs.c.needs_memory)
-    rows = connection.execute(select(*columns).where(_NEEDY).distinct())
-    return [(Lane(model, asked), needs) for model, asked, needs in rows]
+class Need(NamedTuple):
+    """So many queued jobs are known to need more than `memory` bytes.
+
+    A lane with engine '' is any engine.
+    """
+
+    lane: Lane
+    memory: int
+    jobs: int
+
+
+def memory_needs(connection: Connection) -> list[Need]:
+    """What queued jobs are known to need."""
+    pool = (jobs.c.model, jobs.c.asked_engine, jobs.c.needs_memory)
+    found = connection.execute(select(*pool, func.count()).where(_NEEDY).group_by(*pool))
+    return [Need(Lane(model, asked), memory, n) for model, asked, memory, n in found]
 
 
 def free_of_need(connection: Connection, lane: Lane, needs_memory: int, limit: int = 5000) -> int:
@@ -619,6 +630,11 @@ def free_of_need(connection: Connection, lane: Lane, needs_memory: int, limit: i
     for batch_id, idxs in places.items():
         here = and_(jobs.c.batch_id == batch_id, jobs.c.idx.in_(idxs))
         connection.execute(update(jobs).where(here).values(needs_memory=None))
+        why = "no worker has more memory than did not suffice; any may try it again"
+        place = (jobs.c.batch_id, jobs.c.idx, jobs.c.claim_no)
+        what = select(*place, now(), literal("repaired"), literal(why)).where(here)
+        told = ("batch_id", "idx", "claim_no", "at", "kind", "message")
+        connection.execute(events.insert().from_select(told, what))
     return sum(map(len, places.values()))
 
 

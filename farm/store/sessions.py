@@ -228,11 +228,10 @@ def expired(connection: Connection) -> list[str]:
 
 
 def orphaned(connection: Connection) -> list[str]:
-    """Ended sessions that still hold running jobs."""
-    holders = select(jobs.c.session_id).where(_RUNNING).distinct()
-    query = select(sessions.c.id).where(
-        sessions.c.id.in_(holders), sessions.c.closed_at.is_not(None)
-    )
+    """Sessions that have ended, or are not there at all, and still hold running jobs."""
+    opened = select(sessions.c.id).where(sessions.c.id == jobs.c.session_id)
+    opened = opened.where(sessions.c.closed_at.is_(None))
+    query = select(jobs.c.session_id).where(_RUNNING, ~opened.exists()).distinct()
     return list(connection.scalars(query))
 
 

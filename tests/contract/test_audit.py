@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,72 +12,20 @@ from sqlalchemy import update
 
 from farm import audit as audit_room
 from farm import retention
-from farm.audit import Audited, audit
-from farm.blobs import BlobStore
+from farm.audit import audit
 from farm.blobs.local import LocalBlobs
-from farm.pictures import object_key, sha256
+from farm.pictures import object_key
 from farm.store import jobs, prune, sessions
 from farm.store.ids import JobRef
-from farm.store.jobs import Claim, Picture
 from farm.store.tables import batches as batches_table
-from farm.store.tables import counts as counts_table
 from farm.store.tables import sessions as sessions_table
-from tests.store_kit import Kit, spec
-
-
-class Gallery(Kit):
-    """A store with a blob store beside it; a picture is its prompt's bytes."""
-
-    blobs: BlobStore
-
-    def rendered(self, *prompts: str) -> str:
-        """A batch that is done, each job with its picture."""
-        batch_id = self.batch(*(spec(prompt) for prompt in prompts))
-        self.finish(self.claim(batch_id, self.session(), 99))
-        return batch_id
-
-    def finish(self, held: list[Claim]) -> None:
-        with self.db.write() as connection:
-            done = [(claim, self.store(claim)) for claim in held]
-            assert len(jobs.succeed(connection, done)) == len(held)
-
-    def store(self, claim: Claim) -> Picture:
-        data = claim.spec.prompt.encode()
-        key = object_key(claim.ref, claim.claim_no, claim.session_id, "png")
-        self.blobs.put(key, data, "image/png")
-        return Picture(key, sha256(data), len(data), 0.1, claim.spec.fingerprint("fake", "0" * 64))
-
-    def linked(self, source: str) -> str:
-        """A batch of one job that has the picture of the first job of `source`."""
-        batch_id = self.batch(spec("link"))
-        (claim,) = self.claim(batch_id, self.session())
-        picture = replace(self.store_of(source), render_s=None)
-        with self.db.write() as connection:
-            jobs.succeed(connection, [(claim, picture)])
-        return batch_id
-
-    def store_of(self, batch_id: str) -> Picture:
-        (one, *_) = self.pictures(batch_id)
-        return Picture(one.object_key, one.sha256, one.size_bytes or 0, 0.1, "f" * 64)
-
-    def pictures(self, batch_id: str) -> list[audit_room.Recorded]:
-        with self.db.read() as connection:
-            return audit_room.store.recorded(connection, batch_id, -1, 99)
-
-    def miscount(self, batch_id: str, **wrong: int) -> None:
-        with self.db.write() as connection:
-            mine = counts_table.c.batch_id == batch_id
-            connection.execute(update(counts_table).where(mine).values(**wrong))
-
-    def look(self, *batch_ids: str, **how: bool) -> Audited:
-        return audit(self.db, self.blobs, batch_ids or None, **how)  # type: ignore[arg-type]
+from tests.gallery_kit import Gallery
+from tests.store_kit import spec
 
 
 @pytest.fixture
 def shop(database_url: str, tmp_path: Path) -> Iterator[Gallery]:
-    shop = Gallery.at(database_url)
-    assert isinstance(shop, Gallery)
-    shop.blobs = LocalBlobs(tmp_path / "blobs")
+    shop = Gallery.of(database_url, LocalBlobs(tmp_path / "blobs"))
     yield shop
     shop.db.close()
 
@@ -227,7 +174,7 @@ def test_the_same_number_of_another_session_is_another_claim(shop: Gallery) -> N
     batch_id = shop.batch(spec("a"))
     one, two = shop.session(), shop.session()
     (lost,) = shop.claim(batch_id, one)
-    left = shop.store(lost)
+    left = shop.put(lost)
     with shop.db.write() as connection:  # the database counts on from before that claim
         mine = jobs.jobs.c.batch_id == batch_id
         back = {"state": "queued", "session_id": None, "claim_no": 0, "engine": None}

@@ -264,15 +264,15 @@ def test_one_dispatcher_leads_and_a_dead_one_is_replaced(kit: Kit) -> None:
     for _ in range(2):
         one._lead()
         two._lead()
-        assert (one._leads, two._leads) == (True, False)
+        assert (one.leads, two.leads) == (True, False)
     with kit.db.write() as connection:  # its lease runs out
         connection.execute(update(leases_table).values(expires_at=1.0))
     two._lead()
     one._lead()
-    assert (one._leads, two._leads) == (False, True)
+    assert (one.leads, two.leads) == (False, True)
     two._hand_over()
     one._lead()
-    assert one._leads
+    assert one.leads
 
 
 def test_many_who_want_the_first_lease_get_one(kit: Kit) -> None:
