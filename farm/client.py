@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from farm import prompt_files, results
+from farm.config import redact
 from farm.errors import (
     BlobDamaged,
     EnvironmentFault,
@@ -28,10 +29,11 @@ from farm.errors import (
     Invalid,
     InvalidConfig,
     InvalidPromptFile,
+    NotFound,
     RowError,
     by_code,
 )
-from farm.pictures import sha256
+from farm.pictures import EXTENSIONS, sha256
 from farm.spec import JobSpec
 from farm.states import JobState
 from farm.store.batches import BatchStatus
@@ -48,7 +50,10 @@ WAIT_S = 30  # of one long poll
 _TIMES = httpx.Timeout(10, read=WAIT_S + 30)
 _LONG = httpx.Timeout(10, read=3600)  # the server works through a million rows
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0)
+_LOST = (httpx.TooManyRedirects, httpx.UnsupportedProtocol, httpx.InvalidURL)
 _BLOCK = 1 << 16
+MOST_BYTES = 1 << 30  # of one answer
+_SOON_S = 5  # a limit that ends within so many seconds is waited for
 _TYPES = {form: kind for kind, form in reversed(prompt_files.MEDIA_TYPES.items())}
 
 
@@ -61,7 +66,11 @@ class FarmClient:
 
     def __init__(self, url: str, token: str | None = None) -> None:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=_TIMES)
+        headers["Accept-Encoding"] = "identity"
+        self._shown = redact(url)
+        self._http = httpx.Client(
+            base_url=url, headers=headers, timeout=_TIMES, transport=_Bounded(), max_redirects=3
+        )
 
     # ---- submit
 
@@ -256,14 +265,17 @@ class FarmClient:
                     method, path, params=params, headers=headers, timeout=timeout,
                     content=body() if body else None, follow_redirects=follow,
                 )  # fmt: skip
+            except _LOST as error:
+                sentence = f"{self._shown} sends to where nothing can be had: {error}"
+                raise EnvironmentFault(sentence) from error
             except httpx.TransportError as error:
                 if pause_s is None:
-                    sentence = f"{self._http.base_url} does not answer: {error}"
+                    sentence = f"{self._shown} does not answer: {error}"
                     raise EnvironmentFault(sentence) from error
             else:
                 if answer.is_success or answer.status_code == 304:
                     return answer
-                if pause_s is None or answer.status_code not in (409, 503):
+                if pause_s is None or not _passes(answer):
                     raise _failure(answer)
             time.sleep(pause_s)
         raise AssertionError("the last try returns or raises")
@@ -283,13 +295,55 @@ class FarmClient:
         self.close()
 
 
+class _Bounded(httpx.HTTPTransport):
+    """What a hostile server sends does not fill the memory, neither at length nor unpacked."""
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        answer = super().handle_request(request)
+        assert isinstance(answer.stream, httpx.SyncByteStream)
+        answer.headers.pop("Content-Encoding", None)  # none was asked for
+        answer.stream = _BoundedStream(answer.stream)
+        return answer
+
+
+class _BoundedStream(httpx.SyncByteStream):
+    def __init__(self, stream: httpx.SyncByteStream) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[bytes]:
+        left = MOST_BYTES
+        for block in self._stream:
+            left -= len(block)
+            if left < 0:
+                raise EnvironmentFault(f"the server sends more than {MOST_BYTES:,} bytes")
+            yield block
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _passes(answer: httpx.Response) -> bool:
+    """Whether the same request may well succeed in a moment."""
+    wait = answer.headers.get("Retry-After", "")
+    soon = wait.isdecimal() and int(wait[:9]) <= _SOON_S
+    return answer.status_code in (409, 503) or (answer.status_code == 429 and soon)
+
+
 def _batch(row: Mapping[str, Any]) -> BatchStatus:
     return BatchStatus(**{name: row[name] for name in BatchStatus.__dataclass_fields__})
 
 
 def _job(row: Mapping[str, Any]) -> Job:
+    """Raises EnvironmentFault for what no farm tells; from a job's names come those of files."""
     plain = {name: row[name] for name in Job.__dataclass_fields__}
-    return Job(**plain | {"spec": JobSpec.from_record(row["spec"]).model_dump()})
+    job = Job(**plain | {"spec": JobSpec.from_record(row["spec"]).model_dump()})
+    try:
+        known = type(job.idx) is int and JobRef.parse(str(job.ref)) == job.ref
+    except NotFound:
+        known = False
+    if not known or str(job.ref) != job.id or job.spec["format"] not in EXTENSIONS:
+        raise EnvironmentFault(f"the server tells of a job that no farm has: {job.id!r:.80}")
+    return job
 
 
 def _failure(answer: httpx.Response) -> FarmError:

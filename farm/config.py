@@ -109,7 +109,8 @@ class Settings(BaseSettings):
     bundle_seconds: float = Field(4.0, gt=0, description="work a worker claims at once")
     bundle_max: int = Field(256, ge=1, le=1024, description="most jobs in one bundle")
     load_timeout_s: float = Field(900.0, gt=0, description="longest a model may take to load")
-    step_timeout_s: float = Field(300.0, gt=0, description="longest silence of a rendering engine")
+    step_timeout_s: float = Field(300.0, gt=0, description="longest a step of a render may take")
+    decode_timeout_s: float = Field(900.0, gt=0, description="longest decoding of a micro-batch")
     shutdown_grace_s: float = Field(30.0, ge=0, description="time to finish pictures at shutdown")
     http_max_body: int = Field(
         2**30, gt=0, description="bytes of the largest prompt file that the HTTP API takes"

@@ -21,6 +21,7 @@ from fastapi import BackgroundTasks, Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from farm.errors import AccessDenied, DatabaseUnavailable, NotFound
+from farm.http.limits import address_of
 from farm.http.problems import Refusal
 from farm.http.state import Here, State
 from farm.store import tokens
@@ -31,10 +32,11 @@ _MARK_EVERY_S = 60
 
 @dataclass(frozen=True)
 class Access:
-    """Who asks. `owner` None: whose batches it is does not matter."""
+    """Who asks. `owner` None: whose batches it is does not matter. `client`: what limits go by."""
 
     scopes: frozenset[str]
     owner: str | None = None
+    client: str = ""
 
     def see(self, owner: str, batch_id: str) -> None:
         """Raises NotFound for another owner's batch, as if there were none."""
@@ -54,19 +56,28 @@ def authenticate(
     background: BackgroundTasks,
     given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)],
 ) -> Access:
-    """Whoever sent the request. Raises Refusal (401, 403)."""
-    if here.open:
+    """Whoever sent the request. Raises Refusal (401, 403, 429)."""
+    address = address_of(request)
+    if here.asks_no_token():
         _refuse_strange_pages(request)
-        return Access(frozenset(tokens.SCOPES))
+        here.pace.take(address)
+        return Access(frozenset(tokens.SCOPES), client=address)
     if given is None:
+        here.pace.take(address)
         raise _unauthenticated("this farm wants a token: Authorization: Bearer farm_...")
     with here.farm.db.read() as connection:
         token = tokens.check(connection, given.credentials)
+    here.pace.take(token.id if token else address)
     if token is None:
         raise _unauthenticated("the token is unknown, expired or revoked")
     if time.time() - (token.last_used_at or 0) > _MARK_EVERY_S:
         background.add_task(_mark_used, here, token.id)
-    return Access(frozenset(token.scopes), token.owner or None)
+    return Access(frozenset(token.scopes), token.owner or None, token.id)
+
+
+def paced(request: Request, here: Here) -> None:
+    """For what strangers may ask. Raises Refusal (429)."""
+    here.pace.take(address_of(request))
 
 
 def _unauthenticated(why: str) -> Refusal:
@@ -83,11 +94,18 @@ def _refuse_strange_pages(request: Request) -> None:
 
     Its requests carry its own Origin; after a DNS rebinding, its own name as Host.
     """
-    names = [urlsplit(f"//{request.headers.get('host', '')}").hostname]
+    names = [_host_of(f"//{request.headers.get('host', '')}")]
     if origin := request.headers.get("origin"):
-        names.append(urlsplit(origin).hostname)
+        names.append(_host_of(origin))
     if not all(name and is_loopback(name) for name in names):
         raise Refusal(403, AccessDenied.code, "without tokens only this machine is served")
+
+
+def _host_of(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:  # half an IPv6 address
+        return None
 
 
 def is_loopback(host: str) -> bool:

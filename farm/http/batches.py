@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
@@ -124,7 +124,9 @@ async def batch(
 
     if wait:
         soon = partial(here.batches.soon, batch_id)
-        status = await live.poll(request, status, soon, ready, wait, here.is_stopping)
+        here.waits.check(who.client)
+        with here.waits.hold(who.client):
+            status = await live.poll(request, status, soon, ready, wait, here.is_stopping)
     return tagged(request, status, status.as_dict())
 
 
@@ -151,9 +153,14 @@ async def events(
     def show(seen: BatchStatus) -> str:
         return json.dumps(seen.as_dict())
 
-    stream = live.events(status, soon, show, last_event_id, here.is_stopping)
+    async def stream() -> AsyncIterator[bytes]:
+        with here.waits.hold(who.client):
+            async for event in live.events(status, soon, show, last_event_id, here.is_stopping):
+                yield event
+
+    here.waits.check(who.client)
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(stream, headers=headers, media_type="text/event-stream")
+    return StreamingResponse(stream(), headers=headers, media_type="text/event-stream")
 
 
 States = Annotated[list[JobState], Query(alias="state", max_length=5)]

@@ -16,6 +16,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from farm.http.problems import Refusal
 
 IDLE_S = 30.0
+SLOWEST = 10_000  # bytes a second, on average, once IDLE_S have passed
 IN_MEMORY = 1 << 20  # a larger file lies on the disk
 _BLOCK = 1 << 20
 
@@ -28,17 +29,18 @@ def media_type(request: Request) -> str:
 async def chunks(request: Request, most: int) -> AsyncGenerator[bytes, None]:
     """The body as it comes. Raises Refusal when it is too large (413) or stops coming (408)."""
     said = request.headers.get("content-length", "")
-    size, stream = 0, request.stream()
+    size, stream, begun = 0, request.stream(), anyio.current_time()
     while True:
         if size > most or (said.isdigit() and int(said[:20]) > most):
             raise Refusal(413, "ERR_TOO_LARGE", f"the body is larger than {most:,} bytes")
         try:
-            with anyio.fail_after(IDLE_S):
+            slow = begun + IDLE_S + size / SLOWEST
+            with anyio.fail_after(min(IDLE_S, slow - anyio.current_time())):
                 chunk = await anext(stream)
         except StopAsyncIteration:
             return
         except TimeoutError:
-            sentence = f"no byte of the body came for {IDLE_S:.0f} seconds"
+            sentence = f"the body comes too slowly, or no byte of it for {IDLE_S:.0f} seconds"
             raise Refusal(408, "ERR_TIMEOUT", sentence) from None
         size += len(chunk)
         yield chunk

@@ -30,6 +30,8 @@ class Frame:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
                 headers["X-Content-Type-Options"] = "nosniff"
+                headers["Cross-Origin-Resource-Policy"] = "same-origin"
+                headers["Content-Security-Policy"] = "default-src 'none'; frame-ancestors 'none'"
                 headers.setdefault("Cache-Control", "no-store")
             await send(message)
 

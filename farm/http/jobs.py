@@ -9,6 +9,7 @@ from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 
 from farm.http import live, shapes
+from farm.http.access import Reader
 from farm.http.batches import (
     LOOK,
     NOT_MODIFIED,
@@ -38,6 +39,7 @@ async def job(
     request: Request,
     batch_id: Visible,
     idx: Idx,
+    who: Reader,
     here: Here,
     wait: Wait = 0,
     if_none_match: IfNoneMatch = None,
@@ -53,7 +55,9 @@ async def job(
 
     if wait:
         soon = partial(here.jobs.soon, ref)
-        found = await live.poll(request, found, soon, ready, wait, here.is_stopping)
+        here.waits.check(who.client)
+        with here.waits.hold(who.client):
+            found = await live.poll(request, found, soon, ready, wait, here.is_stopping)
     return tagged(request, found, shown(request, found))
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Depends, Response
 from fastapi.responses import JSONResponse
 
 from farm.catalog import Lane
 from farm.http import shapes
-from farm.http.access import Reader, WholeFarm
+from farm.http.access import Reader, WholeFarm, paced
 from farm.http.metrics import CONTENT_TYPE
 from farm.http.problems import documented
 from farm.http.state import Here
@@ -59,7 +59,12 @@ async def healthz() -> Response:
     return JSONResponse({"status": "ok"})
 
 
-@router.get("/readyz", response_model=shapes.Health, responses=documented(422))
+@router.get(
+    "/readyz",
+    response_model=shapes.Health,
+    responses=documented(422, 429),
+    dependencies=[Depends(paced)],
+)
 def readyz(here: Here) -> Response:
     """The database has its schema and the broker answers; else 503 and which of them does not."""
     with here.farm.db.read() as connection:

@@ -35,7 +35,7 @@ _EXAMPLES = {
     401: (AccessDenied.code, "this farm wants a token: Authorization: Bearer farm_..."),
     403: (AccessDenied.code, "the token has not the scope submit"),
     404: (NotFound.code, "no batch '0f9k2m4x7q3w5t8b'; `farm status` lists them"),
-    408: ("ERR_TIMEOUT", "no byte of the body came for 30 seconds"),
+    408: ("ERR_TIMEOUT", "the body comes too slowly, or no byte of it for 30 seconds"),
     409: (SubmitInProgress.code, SubmitInProgress().message),
     413: ("ERR_TOO_LARGE", "the body is larger than 1,073,741,824 bytes"),
     415: ("ERR_MEDIA_TYPE", "the body's type is none of application/json, text/csv"),
@@ -80,7 +80,8 @@ class Refusal(HTTPException):
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route that may answer with problems of these statuses."""
-    return {status: _documented(status) for status in sorted({*statuses, 500, 503})}
+    limited = {429} if 401 in statuses else set()
+    return {status: _documented(status) for status in sorted({*statuses, *limited, 500, 503})}
 
 
 def _documented(status: int) -> dict[str, Any]:

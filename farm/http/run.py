@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import resource
 import socket
 from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from farm.errors import InvalidConfig
 from farm.http.access import is_loopback
@@ -16,6 +19,7 @@ from farm.service import Farm
 from farm.store import tokens
 
 GRACE_S = 10
+HEAD_S = 15.0  # for the head of a request
 
 
 def is_open(farm: Farm, host: str) -> bool:
@@ -33,6 +37,37 @@ def is_open(farm: Farm, host: str) -> bool:
     return not guarded
 
 
+class PatientProtocol(H11Protocol):
+    """HTTP/1.1 that gives a client HEAD_S seconds for the head of a request; uvicorn's waits for
+    ever, so that a few thousand silent clients keep out everyone (slowloris)."""
+
+    _head: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._await_head()
+        else:
+            self._forget_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget_head()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        if self._head is None:
+            self._head = self.loop.call_later(HEAD_S, self.transport.abort)
+
+    def _forget_head(self) -> None:
+        if self._head is not None:
+            self._head.cancel()
+            self._head = None
+
+
 class Server(uvicorn.Server):
     """Tells those who wait for a change that it stops, so that they end at once."""
 
@@ -45,6 +80,9 @@ class Server(uvicorn.Server):
             port=port,
             log_config=None,
             server_header=False,
+            http=PatientProtocol,
+            ws="none",
+            limit_concurrency=_connections(),
             timeout_keep_alive=30,
             timeout_graceful_shutdown=GRACE_S,
         )
@@ -59,6 +97,12 @@ class Server(uvicorn.Server):
         """A second signal waits for nobody. (uvicorn's own would die of the signal in the end.)"""
         self.force_exit = self.should_exit
         self.stop()
+
+
+def _connections() -> int:
+    """How many clients at once leave descriptors for the database, the store and the disk."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 10_000 if most == resource.RLIM_INFINITY else max(16, most - 256)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from farm import prompt_files
 from farm.http import bodies, shapes
-from farm.http.access import Submitter
+from farm.http.access import Access, Submitter
 from farm.http.batches import in_its_turn
 from farm.http.problems import Refusal, documented
 from farm.http.shapes import FileOrder, InlineOrder
@@ -155,18 +155,27 @@ async def submit(
     The prompts stand in JSON, or in a prompt file as the body (its fields then in the query) or in
     a form. The same request with the same Idempotency-Key makes one batch, however often it comes.
     """
+    here.uploads.check(who.client)
+    with here.uploads.hold(who.client):
+        made, again = await _submit(request, who, here, query, idempotency_key)
+    place = str(request.url_for("batch", batch=made.id))
+    return JSONResponse(made.as_dict(), 200 if again else 201, {"Location": place})
+
+
+async def _submit(
+    request: Request, who: Access, here: State, query: FileOrder, key: str | None
+) -> tuple[BatchStatus, bool]:
+    """The batch, and whether an earlier request of the same key had made it."""
     asked = await _read(request, query, here.farm.settings.http_max_body)
     try:
         asked.about["owner"] = who.owner_of_new(asked.about.get("owner", ""))
         if (after := asked.about.get("after")) and who.owner is not None:
             former = await run_in_threadpool(here.farm.status, after)
             who.see(former.owner, after)
-        once = Once(idempotency_key, asked.sha256) if idempotency_key else None
-        made, again = await in_its_turn(here, partial(_carry_out, here, asked, once))
+        once = Once(key, asked.sha256) if key else None
+        return await in_its_turn(here, partial(_carry_out, here, asked, once))
     finally:
         asked.file.close()
-    place = str(request.url_for("batch", batch=made.id))
-    return JSONResponse(made.as_dict(), 200 if again else 201, {"Location": place})
 
 
 @router.post(
@@ -185,6 +194,8 @@ async def add_input(request: Request, who: Submitter, here: Here) -> Response:
     """Store an input picture; rows name it as init_image or mask_image. The same is stored once."""
     if bodies.media_type(request) not in PICTURES:
         raise Refusal(415, "ERR_MEDIA_TYPE", f"the body's type is none of {', '.join(PICTURES)}")
-    data = await bodies.read(request, MAX_BYTES)
-    key = await in_its_turn(here, partial(here.farm.add_input, data))
+    here.uploads.check(who.client)
+    with here.uploads.hold(who.client):
+        data = await bodies.read(request, MAX_BYTES)
+        key = await in_its_turn(here, partial(here.farm.add_input, data))
     return JSONResponse({"name": f"blob:{key}"}, 201)

@@ -60,7 +60,8 @@ def _measured(
     home: Path, database_url: str, sizes: tuple[int, ...], looks: int
 ) -> dict[int, list[str]]:
     """Figures by the batch's size; the looks at one and the other alternate."""
-    env = os.environ | {"FARM_HOME": str(home), "FARM_DATABASE_URL": database_url}
+    env = os.environ | {"FARM_HOME": str(home), "FARM_DATABASE_URL": database_url,
+                        "FARM_HTTP_RATE": "0"}  # fmt: skip
     settings = Settings(home=home, database_url=database_url)  # type: ignore[arg-type]
     with Farm(settings) as farm, ExitStack() as stack:
         schema.upgrade(farm.db)
