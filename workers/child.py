@@ -20,6 +20,8 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from time import monotonic
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,6 +30,7 @@ from farm.errors import (
     EngineFault,
     EngineHung,
     EngineKilled,
+    InvalidConfig,
     InvalidParameter,
     JobCancelled,
     by_code,
@@ -49,6 +52,7 @@ from workers.messages import (
     GivenBack,
     Message,
     Order,
+    Progress,
     Ready,
     Rendered,
     Shipped,
@@ -61,6 +65,20 @@ LAST_WORDS = 6
 """Lines of the log that come with the news of a child's death."""
 CLOSE_TIMEOUT_S = 5.0
 PIPE_BYTES = 2**20
+
+
+class Phase(NamedTuple):
+    """What an engine does, how long it may be silent in it, and the setting that says so."""
+
+    when: str
+    limit_s: float
+    setting: str
+
+    def hung(self, pid: int | None, how: str) -> EngineHung:
+        return EngineHung(
+            f"the engine (process {pid}) {how} for {self.limit_s:g} s {self.when}, "
+            f"the most that {self.setting} allows"
+        )
 
 
 class Child:
@@ -77,10 +95,15 @@ class Child:
         *,
         load_timeout_s: float = 900.0,
         step_timeout_s: float = 300.0,
+        decode_timeout_s: float = 900.0,
         log: Path | None = None,
     ) -> None:
-        self._config = config
-        self._load_timeout_s, self._step_timeout_s, self._log = load_timeout_s, step_timeout_s, log
+        self._config, self._log = config, log
+        self._loading = Phase("while it loaded the model", load_timeout_s, "load_timeout_s")
+        self._stepping = Phase("during a render", step_timeout_s, "step_timeout_s")
+        self._decoding = Phase("while it decoded pictures", decode_timeout_s, "decode_timeout_s")
+        self._phase = self._stepping
+        self._reading_since: float | None = None  # a message, monotonic
         self._process: SpawnProcess | None = None
         self._pipe: Connection | None = None  # what it says
         self._orders: Connection | None = None
@@ -96,8 +119,10 @@ class Child:
         self._stopped = 0  # the bundle that is to be given back
         self._interruptible = True
         self._ending = False  # the process was killed to end a cancelled render
+        self._frozen = False  # the process was killed since it stopped within a message
         self._eased_in_vain = False  # a new one is faster
         self._log_from = 0
+        self._files: tuple[str, dict[str, str]] | None = None  # hashes of what was loaded first
 
     # ------------------------------------------------------------ life and death
     @property
@@ -115,7 +140,7 @@ class Child:
     def start(self) -> EngineInfo:
         """A new process with the model loaded; a process still there is killed first.
 
-        Raises ModelNotLoaded, InvalidConfig and EngineFault.
+        Raises ModelNotLoaded and EngineFault; InvalidConfig where another try is of no use.
         """
         self._release()
         self._open = 0
@@ -139,11 +164,42 @@ class Child:
         self._process.start()
         for end in (their_orders, their_events, their_line):
             end.close()
-        message = self._receive(self._load_timeout_s, "while it loaded the model")
+        self._phase, self._frozen = self._loading, False
+        message = self._receive()
         if not isinstance(message, Ready):
             raise AssertionError(f"expected Ready, got {message}")
         self._interruptible, self._eased_in_vain = message.info.interruptible, False
+        self._phase = self._stepping
+        self._check_same(message.info)
         return message.info
+
+    def _check_same(self, info: EngineInfo) -> None:
+        """What was told of the pictures must be true of those of every process."""
+        files = (info.weights_sha256, info.loras)
+        if files != (self._files or files):
+            self._release()
+            raise InvalidConfig(
+                f"files of model {self._config.model} are others now than when this worker began; "
+                "start it again"
+            )
+        self._files = files
+
+    @property
+    def longest_silence_s(self) -> float:
+        """What `start` or the next event of `render` may take, at the most."""
+        return self._loading.limit_s + max(self._stepping.limit_s, self._decoding.limit_s)
+
+    def end_if_frozen(self) -> None:
+        """Kill a process that stopped within a message, where its reader waits without an end.
+
+        To be called from time to time. Safe from any thread.
+        """
+        with self._sending:
+            since = self._reading_since
+            if since is None or monotonic() - since <= self._phase.limit_s or not self._process:
+                return
+            self._frozen = True
+            self._process.kill()
 
     def kill(self) -> None:
         """End the process at once; harmless when there is none. Safe from any thread."""
@@ -209,7 +265,7 @@ class Child:
         try:
             while self._open:
                 try:
-                    message = self._receive(self._step_timeout_s, "during a render")
+                    message = self._receive()
                 except EngineFault:
                     if not self._ending:
                         raise
@@ -226,6 +282,8 @@ class Child:
             self._abandon(bundle)
 
     def _note(self, event: Event) -> None:
+        ends_steps = isinstance(event, Progress) and event.fraction >= 1
+        self._phase = self._decoding if ends_steps else self._stepping
         if isinstance(event, Started):
             self._running = frozenset(event.ids)
             self._end_if_unwanted()
@@ -277,9 +335,7 @@ class Child:
             return
         self.cancel(range(self._open))
         try:
-            while not isinstance(
-                message := self._receive(self._step_timeout_s, "during a render"), End
-            ):
+            while not isinstance(message := self._receive(), End):
                 for event in _events_of(message):
                     self._note(event)
         except EngineFault:
@@ -298,35 +354,41 @@ class Child:
             except OSError:
                 return
 
-    def _receive(self, timeout_s: float, when: str) -> Message | list[Rendered]:
-        process, pipe = self._process, self._pipe
+    def _receive(self) -> Message | list[Rendered]:
+        process, pipe, phase = self._process, self._pipe, self._phase
         if process is None or pipe is None:
             raise EngineCrashed("the engine's process is not running")
         try:
-            if not wait([pipe, process.sentinel], timeout_s):
+            if not wait([pipe, process.sentinel], phase.limit_s):
                 self._give_up()
-                raise EngineHung(
-                    f"the engine (process {process.pid}) was silent for {timeout_s:g} s {when}"
-                )
+                raise phase.hung(process.pid, "was silent")
             if not pipe.poll():
                 raise EOFError
-            message: Message = pipe.recv()
-            if isinstance(message, Shipped):
-                pixels = np.frombuffer(pipe.recv_bytes(), np.uint8)
-                return [
-                    Rendered(job, picture, message.seconds, message.batch)
-                    for job, picture in zip(
-                        message.ids, pixels.reshape(-1, *message.shape), strict=True
-                    )
-                ]
+            message = self._read(pipe)
         except (EOFError, OSError):
             process.join(1.0)
             self._give_up()
-            raise self._crash(process.exitcode, when) from None
+            if self._frozen:
+                raise phase.hung(process.pid, "stopped within a message") from None
+            raise self._crash(process.exitcode, phase.when) from None
         if isinstance(message, Broken):
             self._give_up()
             raise message.error()
         return message
+
+    def _read(self, pipe: Connection) -> Message | list[Rendered]:
+        self._reading_since = monotonic()
+        try:
+            message: Message = pipe.recv()
+            if not isinstance(message, Shipped):
+                return message
+            pixels = np.frombuffer(pipe.recv_bytes(), np.uint8).reshape(-1, *message.shape)
+        finally:
+            self._reading_since = None
+        return [
+            Rendered(job, picture, message.seconds, message.batch)
+            for job, picture in zip(message.ids, pixels, strict=True)
+        ]
 
     def _give_up(self) -> None:
         self._release()

@@ -194,7 +194,7 @@ class BundleRun:
         self._waiting = deque(n for n in range(len(bundle.specs)) if n not in bundle.done)
         self._alone: set[int] = set()  # one of these spoilt a micro-batch
         self._ids: tuple[int, ...] = ()  # the micro-batch under way
-        self._reported = 0.0
+        self._begun, self._reported = 0.0, 0.0
 
     def run(self) -> None:
         while self._waiting:
@@ -209,7 +209,9 @@ class BundleRun:
         """Watch.step of the micro-batch under way."""
         if self._cancelled().issuperset(self._ids):
             raise JobCancelled
-        if (now := monotonic()) - self._reported >= PROGRESS_PERIOD_S:
+        now = monotonic()
+        ends_slow_steps = done >= total and self._reported > self._begun
+        if ends_slow_steps or now - self._reported >= PROGRESS_PERIOD_S:
             self._reported = now
             self._outbox.send(Progress(self._ids, min(1.0, done / max(1, total))))
 
@@ -235,13 +237,13 @@ class BundleRun:
         if refusal := self._ladder.refusal(specs[0]):
             self._fail_all(ids, refusal)
             return
-        self._ids, self._reported = ids, monotonic()
+        self._ids, self._begun = ids, monotonic()
+        self._reported = self._begun
         self._outbox.send(Started(ids))
         if self._strict:
             specs += specs[-1:] * (self._ladder.cap - len(specs))
-        begun = monotonic()
         outcome = self._attempt(specs)
-        seconds = (monotonic() - begun) / len(ids)
+        seconds = (monotonic() - self._begun) / len(ids)
         if isinstance(outcome, OutOfMemory):
             self._too_much(ids, specs, outcome)
             return

@@ -99,7 +99,10 @@ class Started:
 
 @dataclass(frozen=True)
 class Progress:
-    """`fraction` of the steps of the micro-batch under way, 0 to 1."""
+    """`fraction` of the steps of the micro-batch under way, 0 to 1; at 1 its decoding begins.
+
+    That is told for certain only where the steps took long.
+    """
 
     ids: tuple[int, ...]
     fraction: float

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from farm.engines import missing_packages
-from farm.errors import EngineCrashed, FarmError, ModelNotLoaded
+from farm.errors import EngineCrashed, FarmError, InvalidConfig, ModelNotLoaded
 from tests import sdcpp_models as models
 from tests.sdcpp_kit import Kit, config, spec
 from workers.child import Child
@@ -216,13 +216,15 @@ def test_a_lora_whose_file_was_changed_is_looked_at_anew(
 ) -> None:
     file = tmp_path / "ink.safetensors"
     file.write_bytes(models.lora().read_bytes())
-    one = other(dataclasses.replace(config(models.klein()), loras={"ink": file}))
+    told = dataclasses.replace(config(models.klein()), loras={"ink": file})
+    one = other(told)
     before = one.picture(loras={"ink": 1.0})
     file.write_bytes(models.lora(1).read_bytes()[:-10])
     with pytest.raises(EngineCrashed, match="LoRA ink: its file was changed"):
         one.render(loras={"ink": 1.0})
-    assert one.child.start().loras == {}
-    assert "truncated" in one.refusal(loras={"ink": 1.0}).message
+    with pytest.raises(InvalidConfig, match="others now than when this worker began"):
+        one.child.start()
+    assert "truncated" in other(told).refusal(loras={"ink": 1.0}).message
     file.write_bytes(models.lora().read_bytes())
     one.child.start()
     assert one.picture(loras={"ink": 1.0}) == before

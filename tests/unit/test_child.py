@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +29,7 @@ from farm.errors import (
 from farm.spec import JobSpec
 from workers.child import Child
 from workers.engine import EngineConfig
-from workers.messages import Cap, Event, Failed, GivenBack, Progress, Rendered, Started
+from workers.messages import Cap, Event, Failed, GivenBack, Progress, Rendered, Shipped, Started
 
 SOON_S = 1.0
 """What must come at once comes within this, also on a busy machine."""
@@ -51,10 +53,9 @@ def make(tmp_path: Path) -> Iterator[Make]:
     """Start a child; what is still there is killed in the end."""
     children: list[Child] = []
 
-    def start(timeout_s: float = 60.0, **settings: Any) -> Child:
-        children.append(
-            Child(config(**settings), step_timeout_s=timeout_s, log=tmp_path / "engine.log")
-        )
+    def start(timeout_s: float = 60.0, decode_s: float = 60.0, **settings: Any) -> Child:
+        limits = {"step_timeout_s": timeout_s, "decode_timeout_s": decode_s}
+        children.append(Child(config(**settings), **limits, log=tmp_path / "engine.log"))
         children[-1].start()
         return children[-1]
 
@@ -378,7 +379,8 @@ def test_silence_is_a_hang(make: Make, how: str) -> None:
     child = make(timeout_s=0.5)
     pid = child.pid
     assert pid
-    with pytest.raises(EngineHung, match=r"silent for 0\.5 s"):
+    told = r"silent for 0\.5 s during a render, the most that step_timeout_s"
+    with pytest.raises(EngineHung, match=told):
         list(child.render([spec(how)]))
     assert not psutil.pid_exists(pid)
     child.start()
@@ -388,6 +390,49 @@ def test_silence_is_a_hang(make: Make, how: str) -> None:
 def test_a_long_render_with_steps_is_no_hang(make: Make) -> None:
     child = make(timeout_s=1.0, seconds_per_step=0.3)
     assert ends(list(child.render([spec(steps=6)]))) == {0: "rendered"}
+
+
+def test_decoding_has_a_limit_of_its_own(make: Make) -> None:
+    slow = {"seconds_per_step": 0.25, "seconds_to_decode": 1.5}
+    assert ends(list(make(timeout_s=1.0, **slow).render([spec(steps=2)]))) == {0: "rendered"}
+    child = make(timeout_s=60.0, decode_s=0.5, **slow)
+    events = child.render([spec(steps=2)])
+    told = r"silent for 0\.5 s while it decoded pictures, the most that decode_timeout_s"
+    with pytest.raises(EngineHung, match=told):
+        list(events)
+
+
+def test_a_process_that_stops_within_a_message_is_ended(make: Make) -> None:
+    child = make(timeout_s=0.5)
+    events = child.render([spec("!hang")])
+    assert isinstance(next(events), Started)
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    assert child._pipe
+    child._pipe.close()
+    child._pipe = ours
+    theirs.send(Shipped((0,), 0.1, 1, (64, 64, 3)))  # and no pixels
+    process = child._process
+    assert process
+
+    def heart() -> None:
+        while process.is_alive():
+            child.end_if_frozen()
+            process.join(0.05)
+        theirs.close()
+
+    thread = threading.Thread(target=heart)
+    thread.start()
+    with pytest.raises(EngineHung, match=r"stopped within a message for 0\.5 s during a render"):
+        next(events)
+    thread.join()
+
+
+def test_a_model_that_was_changed_is_not_loaded_again(make: Make) -> None:
+    child = make()
+    child._files = ("another hash", {})
+    with pytest.raises(InvalidConfig, match="others now than when this worker began"):
+        child.start()
+    assert not child.alive
 
 
 def test_interruptions_are_left_to_the_worker(make: Make) -> None:

@@ -5,8 +5,10 @@ The first word of a prompt asks for misbehaviour: !fail raises, !white gives a u
 !oom has no memory for more jobs than options["oom_above"], !crash aborts, !exit exits, !device
 reports a broken device, !hang sleeps for ever, and !grip does so in native code, with Python's
 lock held.
-Other options: seconds_per_step, crash_in_load, hang_in_load, and uninterruptible, which makes it
-deaf to a cancel as native code is.
+Other options: seconds_per_step, seconds_to_decode, crash_in_load, hang_in_load, and
+uninterruptible, which makes it deaf to a cancel as native code is. options["mood"] names a file: as
+long as it is there, the engine is a bad one, which treats every job as if the file's word stood
+before it; the word !load keeps it from loading.
 
 A micro-batch needs options["bytes_per_pixel"] for each of its pixels, halved by each rung of
 `ease`, of which there are options["rungs"]; it has the memory_limit, else options["memory"] bytes.
@@ -22,10 +24,11 @@ import os
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 
-from farm.errors import EngineCrashed, FarmError, OutOfMemory
+from farm.errors import EngineCrashed, FarmError, ModelNotLoaded, OutOfMemory
 from farm.spec import JobSpec
 from workers.engine import NO_INPUTS, EngineConfig, EngineInfo, Inputs, Pixels, Watch
 from workers.engines.input_pictures import init_picture, mask_picture
@@ -43,6 +46,8 @@ class FakeEngine:
             os.abort()
         if self._options.get("hang_in_load"):
             time.sleep(3600)
+        if self._mood() == "!load":
+            raise ModelNotLoaded("asked not to load")
         weights = hashlib.sha256(self._config.model.encode()).hexdigest()
         versions = {"numpy": version("numpy")}
         interruptible = not self._options.get("uninterruptible")
@@ -53,12 +58,15 @@ class FakeEngine:
         self, jobs: Sequence[JobSpec], watch: Watch, inputs: Inputs = NO_INPUTS
     ) -> Sequence[Pixels | FarmError]:
         self._allocate(sum(job.width * job.height for job in jobs))
+        if mood := self._mood():
+            jobs = [job.model_copy(update={"prompt": f"{mood} {job.prompt}"}) for job in jobs]
         for step in range(jobs[0].steps):
             time.sleep(self._options.get("seconds_per_step", 0))
             for job in jobs:
                 self._misbehave(job.prompt.split()[0], len(jobs))
             if not self._options.get("uninterruptible"):
                 watch.step(step + 1, jobs[0].steps)
+        time.sleep(self._options.get("seconds_to_decode", 0))
         return [_picture(job, inputs) for job in jobs]
 
     def ease(self) -> str | None:
@@ -79,6 +87,12 @@ class FakeEngine:
         need = pixels * self._options.get("bytes_per_pixel", 0) / 2**self._eased
         if self._memory is not None and need > self._memory:
             raise OutOfMemory(f"{need:g} bytes are more than {self._memory}")
+
+    def _mood(self) -> str:
+        try:
+            return Path(self._options["mood"]).read_text(encoding="utf-8").strip()
+        except (KeyError, FileNotFoundError):
+            return ""
 
     def _misbehave(self, word: str, micro_batch: int) -> None:
         if word == "!fail":
