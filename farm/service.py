@@ -47,7 +47,7 @@ from farm.store.ids import JobRef
 from farm.store.reads import Job
 from farm.store.schema import Fit
 from farm.store.sessions import Worker
-from farm.submitting import Options, Plan, submit
+from farm.submitting import MAX_LABEL, Options, Plan, submit
 from farm.templates import Template
 
 if TYPE_CHECKING:  # looking at batches needs no Celery, which is slow to import
@@ -190,7 +190,7 @@ class Farm:
         path = Path(file)
         form = form or prompt_files.guess_format(path)
         if not options.get("name"):
-            options["name"] = path.name
+            options["name"] = "".join(filter(str.isprintable, path.name))[:MAX_LABEL]
         try:
             stream = path.open("rb")
         except OSError as error:

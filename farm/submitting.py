@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from farm.errors import (
+    InvalidParameter,
     InvalidPromptFile,
     KeyReused,
     QuotaExceeded,
@@ -23,7 +24,7 @@ from farm.errors import (
     SubmitInProgress,
     things_wrong,
 )
-from farm.spec import FIELDS, NewJob
+from farm.spec import FIELDS, NewJob, refuse_controls
 from farm.store import batches, intake, jobs, owners
 from farm.store.batches import Made, Once
 from farm.store.db import Database
@@ -32,6 +33,9 @@ CHUNK = 20_000  # jobs in one transaction
 FIRST_CHUNK = 64  # of an eager submit, so that it starts at once; then four times as many
 FLUSH_S = 0.5  # an eager chunk waits no longer for more rows
 MOST_ERRORS = 1_000  # bad rows kept for the report; the rest are counted
+MAX_LABEL = 200  # characters of a batch's name and owner
+MAX_PRIORITY = 1_000_000
+MAX_EXPIRES_S = 10 * 365 * 86_400
 _OWN = ("prompt", "negative_prompt", "seed", "engine")  # columns of each job
 _SHARED = {name for name in FIELDS if name not in _OWN}
 
@@ -64,6 +68,33 @@ class Plan:
     progress: Callable[[int], None] = _nothing
     left_out: Callable[[RowError], None] = _nothing
     resumed: Callable[[int], None] = _nothing
+
+    def __post_init__(self) -> None:
+        """Raises InvalidParameter for what no batch can be."""
+        for name in ("name", "owner"):
+            _refuse_label(name, getattr(self, name))
+        if not isinstance(self.eager, bool) or not isinstance(self.reuse, bool):
+            raise InvalidParameter("eager and reuse: True or False")
+        if not _is_number(self.priority, -MAX_PRIORITY, MAX_PRIORITY) or self.priority % 1:
+            raise InvalidParameter(f"priority: a whole number up to {MAX_PRIORITY:,} either way")
+        if not (self.after is None or isinstance(self.after, str)):
+            raise InvalidParameter("after: the id of a batch")
+        if not (self.expires_s is None or _is_number(self.expires_s, 0, MAX_EXPIRES_S)):
+            raise InvalidParameter("expires_s: a number of seconds, ten years at most")
+
+
+def _is_number(value: Any, least: float, most: float) -> bool:
+    return type(value) in (int, float) and least <= value <= most
+
+
+def _refuse_label(name: str, text: Any) -> None:
+    """Raises InvalidParameter."""
+    if not isinstance(text, str) or len(text) > MAX_LABEL:
+        raise InvalidParameter(f"{name}: a text of at most {MAX_LABEL} characters")
+    try:
+        refuse_controls(text)
+    except ValueError as error:
+        raise InvalidParameter(f"{name}: {error}") from None
 
 
 class Options(TypedDict, total=False):

@@ -8,9 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from farm.prompts import MAX_PICTURES
 from farm.spec import Text
+from farm.submitting import MAX_EXPIRES_S, MAX_LABEL, MAX_PRIORITY
 
 BATCH_ID = r"^[0-9a-hjkmnp-tv-z]{16}$"
-Label = Annotated[Text, Field(max_length=200)]
+Label = Annotated[Text, Field(max_length=MAX_LABEL)]
 BATCH: dict[str, Any] = {
     "id": "0f9k2m4x7q3w5t8b", "name": "tonight", "owner": "", "priority": 0, "paused": False,
     "ready": True, "whole": True, "total": 8, "done": False, "created_at": 1795219200.5,
@@ -29,13 +30,13 @@ class Order(BaseModel):
 
     name: Label = ""
     owner: Label = ""
-    priority: int = Field(0, ge=-1_000_000, le=1_000_000, description="larger goes first")
+    priority: int = Field(0, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="larger goes first")
     n: int = Field(1, ge=1, le=MAX_PICTURES, description="pictures of each prompt")
     after: str | None = Field(
         None, pattern=BATCH_ID, description="a batch that must be done with first"
     )
     expires_s: float | None = Field(
-        None, gt=0, le=10 * 365 * 86_400, description="cancel what has not begun in so many seconds"
+        None, gt=0, le=MAX_EXPIRES_S, description="cancel what has not begun in so many seconds"
     )
     reuse: bool = Field(True, description="link pictures that were rendered before")
     model: Label | None = Field(None, description="see /v1/models")

@@ -95,6 +95,8 @@ def read_lock(path: Path) -> Lock:
         return Lock.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return Lock()
+    except OSError as error:
+        raise InvalidConfig(f"{path}: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])

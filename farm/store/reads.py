@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, func, literal_column, select
 
-from farm.errors import NotFound
+from farm.errors import InvalidParameter, NotFound
 from farm.states import JobState
 from farm.store.ids import JobRef, claim_in
 from farm.store.jobs import spec_of
@@ -110,6 +110,7 @@ def page(
 
     `code`: those that ended with this error. `within_s`: those that ended so many seconds ago or
     less. The cost is that of the page, whatever the batch's size: each state has its index.
+    Raises InvalidParameter for a state that there is not.
     """
     found: list[Job] = []
     for query in _sources(connection, batch_id, states, code, after, limit):
@@ -119,6 +120,14 @@ def page(
             query = query.where(jobs.c.finished_at >= now() - within_s)
         found += map(_job, connection.execute(query))
     return sorted(found, key=lambda job: job.idx)[:limit]
+
+
+def _state(text: str) -> JobState:
+    try:
+        return JobState(text)
+    except ValueError:
+        known = ", ".join(JobState)
+        raise InvalidParameter(f"no state {str(text)[:40]!r}, there are: {known}") from None
 
 
 def _sources(
@@ -136,7 +145,7 @@ def _sources(
         states = ENDED_BADLY
     if not states:
         yield here
-    for state in map(JobState, dict.fromkeys(states)):
+    for state in map(_state, dict.fromkeys(states)):
         mine = here.where(is_state(state))
         if state in ENDED_BADLY:
             by_code = code and state == JobState.FAILED

@@ -84,3 +84,19 @@ def test_redact() -> None:
     assert redact("redis://:pw@h:6379/0") == "redis://:**********@h:6379/0"
     assert redact("sqlite:////a/b.db") == "sqlite:////a/b.db"
     assert redact("redis+socket:///tmp/s") == "redis+socket:///tmp/s"
+    assert redact("sqlite:////a@b/c.db?x=pw") == "sqlite:////a@b/c.db?**********"
+    assert redact("postgresql://ada@h/db") == "postgresql://ada@h/db"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["rser:pw@h/0", "pw@h", "redis//u:pw@h", "redis://u:a/pw@h", "redis://u:a#pw@h", "redis://u:a@pw@h",
+     "redis://u:a?pw@h", "redis:///u:pw@h", "http://[u:pw@h", "re dis://u:pw@h"],
+)  # fmt: skip
+def test_a_password_is_hidden_in_a_url_that_is_none(url: str) -> None:
+    assert "pw" not in redact(url)
+    assert "@h" in redact(url)
+
+
+def test_a_home_that_cannot_be_has_no_catalogue() -> None:
+    assert load_settings(home=Path("x" * 5_000)).catalog_path is None

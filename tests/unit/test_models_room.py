@@ -258,6 +258,11 @@ def test_a_broken_lock_is_told(tmp_path: Path, text: str) -> None:
         read_lock(tmp_path / "models.lock")
 
 
+def test_a_lock_that_is_no_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match="directory"):
+        read_lock(tmp_path)
+
+
 def test_a_part_goes_on_with_its_hash(tmp_path: Path) -> None:
     for data in (b"one", b"two"):
         with Part(tmp_path / "x.part", lambda n: None) as part:
