@@ -228,6 +228,10 @@ def _workers(farm: Farm) -> list[Check]:
     text = f"{len(live)} live: {', '.join(names)}" if live else "none is live"
     mend = "" if live else "start one: farm up, or farm worker --model M --engine E"
     found.append(Check("workers", "ok" if live else "warn", text, mend))
+    if held := sum(worker.spooled for worker in live):
+        why = next(worker.note for worker in live if worker.spooled)
+        text = f"they hold {held:,} finished pictures on their disks: {why}"
+        found.append(Check("pictures", "warn", text, "they are stored once that is mended"))
     for lane, n in sorted(waiting.items()):
         model, _, engine = lane.partition(":")
         text = f"{n:,} jobs wait and no worker serves it{f' on {engine}' if engine else ''}"

@@ -9,12 +9,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from farm.cli.output import clean, console, duration, hint, live, note, pace, plural
+from farm.cli.output import clean, console, duration, hint, live, note, pace, plural, short
 from farm.errors import DatabaseUnavailable
 
 if TYPE_CHECKING:
     from farm.service import Farm
     from farm.store.batches import BatchStatus
+    from farm.store.sessions import Worker
 
 POLL_S = 0.25
 AWAY_S = 2.0
@@ -190,6 +191,15 @@ def tell_unserved(farm: Farm, models: Sequence[str] | None = None) -> None:
             what = f"{model} on {engine}" if engine else model
             advice = f"start one with `{_start(farm, model, engine)}`"
             hint(f"no worker serves {what} now, {plural(n, 'job')} waiting: {advice}")
+
+
+def tell_held(workers: Sequence[Worker]) -> None:
+    """Say how many finished pictures wait for the blob store, and why."""
+    holders = sorted((w for w in workers if w.spooled), key=lambda worker: worker.spooled)
+    if holders:
+        held = plural(sum(worker.spooled for worker in holders), "finished picture")
+        hold = "worker holds" if len(holders) == 1 else "workers hold"
+        hint(f"{len(holders)} {hold} {held}: {short(holders[-1].note, 300)}")
 
 
 def _start(farm: Farm, model: str, engine: str) -> str:

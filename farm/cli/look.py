@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from farm.cli.context import BATCH_HELP, Json, examples, find_target, open_farm
-from farm.cli.follow import follow, summary, tell_unserved
+from farm.cli.follow import follow, summary, tell_held, tell_unserved
 from farm.cli.output import (
     clean,
     duration,
@@ -61,6 +61,7 @@ def _show_recent(farm: Farm, limit: int, as_json: bool) -> None:
     columns = ("batch", "name", "owner", "state", "jobs", "done", "failed", "to go", "age")
     print_table(columns, [_recent_row(batch) for batch in recent])
     tell_unserved(farm)
+    tell_held(farm.workers())
 
 
 def _state(batch: BatchStatus) -> str:
@@ -130,8 +131,10 @@ def _batch_hints(farm: Farm, batch: BatchStatus, failures: dict[str, int]) -> No
         hint(f"it begins when batch {batch.after} is done; next: farm watch {batch.after}")
     elif batch.open:
         tell_unserved(farm, list(batch.by_model))
-        for worker in farm.workers():
-            if worker.model in batch.by_model and worker.note:
+        workers = [worker for worker in farm.workers() if worker.model in batch.by_model]
+        tell_held(workers)
+        for worker in workers:
+            if worker.note and not worker.spooled:
                 where = f"{clean(worker.host)}:{worker.pid}"
                 hint(f"worker {where} is {worker.state}: {short(worker.note, 200)}")
         hint(f"next: farm watch {batch.id}")
@@ -223,7 +226,8 @@ def workers(as_json: Json = False) -> None:
             print_json([worker.as_dict() for worker in found])
             return
         if found:
-            columns = ("model", "engine", "device", "where", "state", "rendered", "each", "note")
+            columns = ("model", "engine", "device", "where", "state", "rendered", "held", "each",
+                       "note")  # fmt: skip
             rows = [
                 (
                     worker.model,
@@ -232,6 +236,7 @@ def workers(as_json: Json = False) -> None:
                     f"{worker.host}:{worker.pid}",
                     worker.state,
                     worker.rendered,
+                    worker.spooled or None,
                     duration(worker.seconds_per_picture) if worker.seconds_per_picture else None,
                     short(worker.note, 80),
                 )

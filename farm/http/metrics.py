@@ -88,17 +88,21 @@ def _workers(workers: list[Worker]) -> Iterator[Metric]:
     states: dict[Key, float] = {}
     rendered: dict[Key, float] = {}
     stored: dict[Key, float] = {}
+    spooled: dict[Key, float] = {}
     speeds: dict[Key, list[float]] = {}
     for worker in workers:
         states[*worker.lane, worker.state] = states.get((*worker.lane, worker.state), 0) + 1
         rendered[*worker.lane, worker.id[:8]] = worker.rendered
         stored[*worker.lane, worker.id[:8]] = worker.stored_bytes
+        spooled[*worker.lane, worker.id[:8]] = worker.spooled
         if worker.seconds_per_picture:
             speeds.setdefault(tuple(worker.lane), []).append(worker.seconds_per_picture)
     yield _gauge("farm_workers", "Live workers", (*LANE, "state"), states)
     mean = {lane: sum(found) / len(found) for lane, found in speeds.items()}
     text = "Mean of the live workers of a lane"
     yield _gauge("farm_seconds_per_picture", text, LANE, mean)
+    text = "Finished pictures that each live worker holds until the blob store takes them"
+    yield _gauge("farm_worker_spooled_pictures", text, (*LANE, "session"), spooled)
     for name, text, values in (
         ("farm_worker_pictures", "Pictures of each live worker", rendered),
         ("farm_worker_stored_bytes", "Bytes of pictures that each live worker stored", stored),

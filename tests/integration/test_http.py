@@ -287,6 +287,8 @@ def test_models_workers_metrics(sql_kit: HttpKit) -> None:
     assert found["farm_backlog_jobs", "", "shapes"] == 1
     assert 0 <= found["farm_oldest_wait_seconds", "", "shapes"] < 60
     assert found["farm_workers", "diffusers", "idle", "shapes"] == 2
+    spooled = [n for name, n in found.items() if name[0] == "farm_worker_spooled_pictures"]
+    assert spooled == [0, 0]
 
 
 def test_health_and_readiness(kit: HttpKit, tmp_path: Path) -> None:

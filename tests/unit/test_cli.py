@@ -522,6 +522,22 @@ def test_workers(run: Run, client: Farm) -> None:
     assert "no worker" not in run("submit", "x").err
 
 
+def test_pictures_that_are_held_back_are_told(run: Run, client: Farm) -> None:
+    run("submit", "x")
+    for n in (30, 100):
+        with client.db.write() as connection:
+            session = sessions.open_session(
+                connection, SHAPES, 60, host="here", pid=n, device="cpu", info={}
+            )
+            told = sessions.Beat("waiting", f"the store is away ({n})", spooled=n)
+            assert sessions.beat(connection, session, 60, told)
+    line = "2 workers hold 130 finished pictures: the store is away (100)"
+    assert line in run("status").err
+    assert line in run("status", "latest").err
+    assert re.search(r"here:30 +waiting +0 +30 ", run("workers").out)
+    assert "they hold 130 finished pictures" in run("doctor").out
+
+
 def test_status_says_why_a_worker_waits(run: Run, client: Farm) -> None:
     run("submit", "x")
     with client.db.write() as connection:
