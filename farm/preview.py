@@ -7,18 +7,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, func, select
-
 from farm.errors import RowError
 from farm.spec import NewJob
-from farm.store import sessions
+from farm.store.costs import cost
 from farm.store.db import Database
-from farm.store.tables import jobs
-from farm.store.tables import sessions as sessions_table
 
 SAMPLES = 5
 MOST_ERRORS = 1_000
-LATEST = 200  # pictures of which the mean size is taken
 
 
 @dataclass(frozen=True)
@@ -57,47 +52,18 @@ def preview(db: Database, stream: Iterable[NewJob | RowError]) -> Preview:
         if len(errors) < MOST_ERRORS:
             errors.append(item)
     with db.read() as connection:
-        costs = {model: _cost(connection, model) for model in by_model}
-    unknown = sorted(model for model, (seconds, _) in costs.items() if seconds is None)
-    seconds = [n * (costs[model][0] or 0) for model, n in by_model.items()]
-    sizes = [costs[model][1] for model in by_model]
+        costs = {model: cost(connection, model) for model in by_model}
+    unknown = sorted(model for model, known in costs.items() if known.seconds is None)
+    unsized = any(known.size_bytes is None for known in costs.values())
+    seconds = sum(n * (costs[model].seconds or 0) for model, n in by_model.items())
+    size = sum(n * (costs[model].size_bytes or 0) for model, n in by_model.items())
     return Preview(
         total=by_model.total(),
         by_model=dict(by_model),
         samples=samples,
         bad=bad,
         errors=errors,
-        seconds=None if unknown else sum(seconds),
-        size_bytes=None
-        if None in sizes
-        else round(sum(n * (costs[m][1] or 0) for m, n in by_model.items())),
+        seconds=None if unknown else seconds,
+        size_bytes=None if unsized else round(size),
         unknown=unknown,
     )
-
-
-def _cost(connection: Connection, model: str) -> tuple[float | None, float | None]:
-    """(seconds a picture of all who serve the model, mean bytes of its latest pictures)."""
-    speeds = [
-        1 / worker.seconds_per_picture
-        for worker in sessions.live(connection)
-        if worker.model == model and worker.seconds_per_picture
-    ]
-    seconds = 1 / sum(speeds) if speeds else _last_speed(connection, model)
-    latest = (
-        select(jobs.c.size_bytes)
-        .where(jobs.c.model == model, jobs.c.size_bytes.is_not(None))
-        .order_by(jobs.c.batch_id.desc(), jobs.c.idx.desc())
-        .limit(LATEST)
-        .subquery()
-    )
-    size = connection.scalar(select(func.avg(latest.c.size_bytes)))
-    return seconds, None if size is None else float(size)
-
-
-def _last_speed(connection: Connection, model: str) -> float | None:
-    """Of the last worker that rendered it, should none do now."""
-    known = select(sessions_table.c.seconds_per_picture).where(
-        sessions_table.c.model == model, sessions_table.c.seconds_per_picture.is_not(None)
-    )
-    found = connection.scalar(known.order_by(sessions_table.c.opened_at.desc()).limit(1))
-    return None if found is None else float(found)

@@ -16,6 +16,7 @@ from farm.blobs import BlobStat, check_expiry, check_key, check_prefix, is_key, 
 from farm.errors import BlobNotFound, StorageUnavailable
 
 _TEMPORARY = ".tmp-"  # no key starts with a dot
+MOST_TRIES = 100  # to write into a directory that others remove as empty
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -38,8 +39,7 @@ class LocalBlobs:
         temporary = path.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
         try:
             with self._faults(f"write {key}"):
-                _make_directory(path.parent)
-                _write_file(temporary, data)
+                _write_aside(temporary, data)
                 os.replace(temporary, path)
                 self._syncs.sync(path.parent)
         except BaseException:
@@ -66,9 +66,23 @@ class LocalBlobs:
         return BlobStat(key, found.st_size, found.st_mtime) if regular else None
 
     def delete(self, keys: Iterable[str]) -> None:
+        directories = set()
         for key, path in [(key, self._path(key)) for key in keys]:
             with self._faults(f"delete {key}"), suppress(*_ABSENT):
                 path.unlink()
+                directories.add(path.parent)
+        for directory in directories:
+            self._remove_empty(directory)
+
+    def _remove_empty(self, directory: Path) -> None:
+        """Remove the directory and those above it while they are empty; the root stays.
+
+        A put that wants one of them at this moment makes it again.
+        """
+        with suppress(OSError):  # not empty, or gone already, or a mount of its own
+            while directory != self._real_root:
+                directory.rmdir()
+                directory = directory.parent
 
     def list(self, prefix: str = "") -> Iterator[BlobStat]:
         check_prefix(prefix)
@@ -100,15 +114,15 @@ class LocalBlobs:
 
     def _walk(self, directory: str, prefix: str) -> Iterator[BlobStat]:
         with self._faults(f"list {directory or 'it'}"):
-            entries = _entries(self.root / directory)
-        for name, entry in entries:
+            names = _names(self.root / directory)
+        for name in names:
             key = f"{directory}/{name}" if directory else name
             if name.endswith("/"):
                 if key.startswith(prefix) or prefix.startswith(key):
                     yield from self._walk(key[:-1], prefix)
             elif key.startswith(prefix):
                 with suppress(FileNotFoundError):  # deleted since
-                    found = entry.stat(follow_symlinks=False)
+                    found = (self.root / key).lstat()
                     yield BlobStat(key, found.st_size, found.st_mtime)
 
     @contextmanager
@@ -178,8 +192,11 @@ class _SharedSyncs:
             mine.ended.set()
 
 
-def _entries(directory: Path) -> list[tuple[str, os.DirEntry[str]]]:
-    """Files and directories (with a trailing slash) that can belong to a key, in key order."""
+def _names(directory: Path) -> list[str]:
+    """Files and directories (with a trailing slash) that can belong to a key, in key order.
+
+    Names alone: of a million pictures in one directory they are about 100 MB.
+    """
     found = []
     try:
         with os.scandir(directory) as scan:
@@ -187,12 +204,24 @@ def _entries(directory: Path) -> list[tuple[str, os.DirEntry[str]]]:
                 if not is_key(entry.name):
                     continue
                 if entry.is_dir(follow_symlinks=False):
-                    found.append((entry.name + "/", entry))
+                    found.append(entry.name + "/")
                 elif entry.is_file(follow_symlinks=False):
-                    found.append((entry.name, entry))
+                    found.append(entry.name)
     except _ABSENT:
         return []
-    return sorted(found, key=lambda pair: pair[0])
+    found.sort()
+    return found
+
+
+def _write_aside(temporary: Path, data: bytes) -> None:
+    """Write the file, in a directory that may be made, or removed as empty, at this moment."""
+    for left in reversed(range(MOST_TRIES)):
+        try:
+            _make_directory(temporary.parent)
+            return _write_file(temporary, data)
+        except (FileNotFoundError, FileExistsError):  # the latter: it went as mkdir looked at it
+            if not left:
+                raise
 
 
 def _write_file(path: Path, data: bytes) -> None:

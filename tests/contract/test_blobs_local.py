@@ -231,3 +231,30 @@ def test_a_sync_that_fails_is_told_to_all_who_shared_it(
     monkeypatch.undo()
     store.put("a/b.png", b"2", "image/png")
     assert store.get("a/b.png") == b"2"
+
+
+def test_directories_that_are_empty_go_and_the_root_stays(store: BlobStore, root: Path) -> None:
+    for key in ("a/b/one.png", "a/b/two.png", "a/c/three.png"):
+        store.put(key, b"x", "image/png")
+    store.delete(["a/b/one.png", "a/c/three.png"])
+    assert sorted(path.name for path in (root / "a").iterdir()) == ["b"]
+    store.delete(["a/b/two.png", "a/b/never-there.png"])
+    assert list(root.iterdir()) == []
+    store.put("a/b/one.png", b"again", "image/png")
+    assert store.get("a/b/one.png") == b"again"
+
+
+def test_puts_and_deletes_of_the_same_directories_at_once(store: BlobStore, root: Path) -> None:
+    """Each delete leaves directories empty that another one's put is about to write into."""
+
+    def churn(name: str) -> None:
+        for n in range(150):
+            key = f"pictures/{n % 2}/{name}.png"
+            store.put(key, name.encode(), "image/png")
+            assert store.get(key) == name.encode()
+            store.delete([key])
+
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(churn, f"n{i}") for i in range(4)]:
+            future.result()
+    assert list(root.iterdir()) == []
