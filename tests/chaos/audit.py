@@ -14,7 +14,7 @@ from sqlalchemy import select
 
 from farm.audit import audit as audit_farm
 from farm.catalog import Lane
-from farm.retention import prune_passed
+from farm.reconcile import mend_all
 from farm.service import Farm
 from farm.store.reads import Job
 from farm.store.tables import events
@@ -56,12 +56,22 @@ def audit(farm: Farm, batches: Iterable[str], witnessed: dict[str, Job], lane: L
             keys.update(filter(None, [job.object_key]))
     told.wrong += [f"{n} jobs name the object {key}" for key, n in keys.items() if n > 1]
     _count_events(told, farm)
-    told.orphans = prune_passed(farm.db, farm.blobs).objects
+    _mend(told, farm)
     looked = audit_farm(farm.db, farm.blobs, ids)
     told.wrong += [finding.text for finding in looked.findings]
     if looked.objects != len(keys):
         told.wrong.append(f"{looked.objects} objects are left for {len(keys)} records")
     return told
+
+
+def _mend(told: Audit, farm: Farm) -> None:
+    """Kills may leave objects, and sessions without jobs; whatever else is mended was wrong."""
+    report = mend_all(farm.db, lambda: farm.blobs, lambda: farm.broker, farm.settings)
+    told.orphans = sum(repair.n for repair in report.repairs if repair.kind == "objects")
+    told.wrong += [
+        repair.text for repair in report.repairs if repair.kind != "objects" and repair.n
+    ]
+    told.wrong += report.troubles
 
 
 def _check_places(told: Audit, farm: Farm, batch_id: str, found: list[Job]) -> None:
