@@ -6,17 +6,23 @@ line is a RowError with its number, its field and what was expected.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from farm import parquet_rows
 from farm.errors import InvalidConfig, InvalidPromptFile, RowError
 from farm.spec import FIELDS
 
@@ -31,7 +37,8 @@ MEDIA_TYPES = {  # by the IANA's registry, where it has one
     "application/vnd.apache.parquet": "parquet",
 }  # fmt: skip
 MAX_LINE_BYTES = 1 << 20
-PARQUET_ROWS = 2_000  # read at once
+MOST_RATIO = 250  # text that compresses better is a bomb, beyond this many unpacked bytes:
+BOMB_BYTES = 64 << 20
 ROW_FIELDS = (*FIELDS, "n")
 _WHOLE = {"width", "height", "steps", "seed", "n", "clip_skip"}
 _NUMBERS = {"guidance_scale", "strength"}
@@ -84,11 +91,16 @@ def _renamed(rows: Iterable[Row], columns: Mapping[str, str]) -> Iterator[Row]:
 
 
 def _text_lines(stream: BinaryIO) -> Iterator[Line]:
-    number = 0
-    stream = _unzipped(stream)
+    number = unpacked = 0
+    stream, packed = _unzipped(stream)
     try:
         while raw := stream.readline(MAX_LINE_BYTES + 1):
             number += 1
+            unpacked += len(raw)
+            if packed and unpacked > max(BOMB_BYTES, MOST_RATIO * packed.count):
+                got = f"gzip that unpacks to more than {MOST_RATIO} times its size"
+                yield number, row_error(number, "line", got, "a file that is unpacked first")
+                return
             if len(raw) > MAX_LINE_BYTES:
                 yield number, row_error(number, "line", "over 1 MiB", "a line of at most 1 MiB")
                 while raw and not raw.endswith(b"\n"):
@@ -105,14 +117,32 @@ def _text_lines(stream: BinaryIO) -> Iterator[Line]:
         yield number + 1, row_error(number + 1, "line", str(error)[:120], "a whole gzip file")
 
 
-def _unzipped(stream: BinaryIO) -> BinaryIO:
-    """The stream, unzipped if its first bytes say that it is zipped."""
+class _Packed(io.RawIOBase):
+    """Counts what is read through it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self.count = stream, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        self.count += len(data)
+        return len(data)
+
+
+def _unzipped(stream: BinaryIO) -> tuple[BinaryIO, _Packed | None]:
+    """The stream, unzipped if its first bytes say that it is zipped; then also what it was."""
     buffered = cast(io.BufferedReader, stream)
     if not hasattr(stream, "peek"):
         buffered = io.BufferedReader(cast(io.RawIOBase, stream))
-    if buffered.peek(2)[:2] == _GZIP:
-        return cast(BinaryIO, gzip.GzipFile(fileobj=buffered, mode="rb"))
-    return buffered
+    if buffered.peek(2)[:2] != _GZIP:
+        return buffered, None
+    packed = _Packed(buffered)
+    unzipped = gzip.GzipFile(fileobj=io.BufferedReader(packed), mode="rb")
+    return cast(BinaryIO, unzipped), packed
 
 
 def row_error(line: int, field: str, got: str, expected: str) -> RowError:
@@ -215,35 +245,49 @@ def _cell(field: str, text: str) -> Any:
 
 
 def _parquet_rows(stream: BinaryIO) -> Iterator[Row]:
-    """Rows of a Parquet file, numbered from 1 (https://parquet.apache.org/docs/file-format/)."""
+    """Rows of a Parquet file, numbered from 1; a process of its own reads it, see there."""
+    if find_spec("pyarrow") is None:
+        raise InvalidConfig("Parquet files need pyarrow: pip install 'renderfarm[dataset]'")
+    argv = [sys.executable, "-P", parquet_rows.__file__]
+    number = 0
+    with _as_file(stream) as file, tempfile.TemporaryFile() as told:
+        reader = subprocess.Popen(argv, stdin=file, stdout=subprocess.PIPE, stderr=told)
+        try:
+            assert reader.stdout
+            for number, text in _text_lines(cast(BinaryIO, reader.stdout)):
+                found = _json_row(number, text)
+                yield found if isinstance(found[1], RowError) else (number, _plain(found[1]))
+            if code := reader.wait():
+                told.seek(0)
+                got = told.read().decode(errors="replace").splitlines()[-1:] or [f"exit {code}"]
+                no_file = code == parquet_rows.NO_PARQUET
+                expected = "a Parquet file" if no_file else "a readable row"
+                yield number + 1, row_error(number + 1, "line", got[0][:120], expected)
+        finally:
+            reader.kill()
+            reader.communicate()
+
+
+@contextlib.contextmanager
+def _as_file(stream: BinaryIO) -> Iterator[BinaryIO]:
+    """The stream as a file of the system at its start; a pipe has no end to look at first."""
+    if _is_file(stream):
+        os.lseek(stream.fileno(), 0, os.SEEK_SET)
+        yield stream
+        return
+    with tempfile.TemporaryFile() as spool:
+        shutil.copyfileobj(stream, spool)
+        spool.seek(0)
+        yield cast(BinaryIO, spool)
+
+
+def _is_file(stream: BinaryIO) -> bool:
     try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise InvalidConfig(
-            "Parquet files need pyarrow: pip install 'renderfarm[dataset]'"
-        ) from None
-    with tempfile.TemporaryFile() as spool:  # its index stands at the end, a pipe has none
-        source: BinaryIO = stream
-        if not stream.seekable():
-            shutil.copyfileobj(stream, spool)
-            source = cast(BinaryIO, spool)
-        try:
-            table = pyarrow.parquet.ParquetFile(source)
-        except (pyarrow.ArrowException, OSError) as error:
-            yield 1, row_error(1, "line", str(error).splitlines()[0][:120], "a Parquet file")
-            return
-        number = 0
-        try:
-            for batch in table.iter_batches(batch_size=PARQUET_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, _plain(row)
-        except (pyarrow.ArrowException, OSError) as error:
-            got = str(error).splitlines()[0][:120]
-            yield number + 1, row_error(number + 1, "line", got, "a readable row")
+        return stream.seekable() and stream.fileno() >= 0
+    except OSError:  # it lies in memory
+        return False
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Parquet's maps come as lists of pairs, and absent cells as None."""
+    """Absent cells come as None."""
     return {name: value for name, value in row.items() if value is not None}

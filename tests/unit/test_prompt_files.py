@@ -3,13 +3,16 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import resource
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from farm import prompt_files
 from farm.errors import InvalidPromptFile, RowError
 from farm.prompt_files import guess_format, read_rows
 
@@ -111,6 +114,48 @@ def test_damaged_parquet_is_told_at_its_row() -> None:
     data = bytearray(parquet(prompt=[f"prompt {n}" for n in range(6)]))
     data[10:40] = b"\xff" * 30
     assert any(isinstance(row, RowError) for _, row in rows(bytes(data), "parquet"))
+
+
+def test_a_parquet_bomb_hurts_nobody() -> None:
+    """7 kB, in each row the same cell of 20 MB: read in this process it would take 40 GB."""
+    cell = pyarrow.array(["a" * 20_000_000])
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 2000, pyarrow.int32()), cell)
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": column}), file, compression="zstd")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    [(number, fault)] = list(read_rows(io.BytesIO(file.getvalue()), "parquet"))
+    assert isinstance(fault, RowError)
+    assert (number, fault.expected) == (1, "a readable row")
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 50_000, "kilobytes"
+
+
+def test_rows_that_nobody_wants_any_more_are_not_read() -> None:
+    found = read_rows(io.BytesIO(parquet(prompt=["a"] * 5_000)), "parquet")
+    assert next(found) == (1, {"prompt": "a"})
+    found.close()  # type: ignore[attr-defined]
+    assert not psutil.Process().children()
+
+
+@pytest.mark.parametrize("text", ["\n", "a\n", "a" * 1000 + "\n"])
+def test_a_gzip_bomb_is_not_unpacked_to_its_end(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_files, "BOMB_BYTES", 1 << 20)
+    file = gzip.compress((text * (30_000_000 // len(text))).encode())
+    *good, (number, fault) = list(read_rows(io.BytesIO(file), "txt"))
+    assert isinstance(fault, RowError)
+    assert "250 times" in fault.got
+    assert number * len(text) < 10_000_000
+    assert len(good) == (0 if text == "\n" else number - 1)
+
+
+def test_texts_that_compress_well_are_no_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_files, "BOMB_BYTES", 1 << 20)
+    lines = [
+        f'{{"prompt": "a red circle on a blue background", "seed": {n}}}' for n in range(50_000)
+    ]
+    found = list(read_rows(io.BytesIO(gzip.compress("\n".join(lines).encode(), 9)), "jsonl"))
+    assert len(found) == 50_000
+    assert not any(isinstance(row, RowError) for _, row in found)
 
 
 def test_memory_is_bounded_by_a_line_not_by_the_file() -> None:
