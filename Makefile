@@ -70,6 +70,7 @@ fuzz: $(VENV)/.dev ## Put more than 5,000 made-up requests to the HTTP API (a mi
 
 chaos: $(VENV)/.dev ## Kill, stop and cut off everything while jobs render, then audit (20 minutes)
 	CHAOS_TTL_S=30 $(BIN)/python -m pytest -q -s tests/chaos/test_points.py tests/chaos/test_poison.py
+	$(BIN)/python -m tests.chaos.outage 60
 	$(BIN)/python -m tests.chaos $(ARGS)
 
 soak: $(VENV)/.dev ## Run a whole farm at full speed for 20 minutes: do its processes grow?
