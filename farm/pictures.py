@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from farm.spec import JobSpec
 from farm.store.ids import SESSION_PART, JobRef
@@ -90,14 +89,13 @@ def _beyond_text(spec: JobSpec, origin: Origin) -> dict[str, str]:
 
 def encode(pixels: bytes, spec: JobSpec, origin: Origin) -> bytes:
     """A file in `spec.format` from `pixels`: 8-bit RGB, height x width x 3, row by row."""
-    image = Image.frombytes("RGB", (spec.width, spec.height), pixels)
-    text, out = parameters(spec, origin), io.BytesIO()
+    text = parameters(spec, origin)
     if spec.format == "png":
-        info = PngInfo()
-        info.add_itxt("parameters", text)
-        info.add_itxt("XML:com.adobe.xmp", _XMP)
-        image.save(out, "PNG", pnginfo=info, compress_level=1)
-        return out.getvalue()
+        from farm.png import png  # whoever only submits has no numpy
+
+        texts = {"parameters": text, "XML:com.adobe.xmp": _XMP}
+        return png(pixels, spec.width, spec.height, texts)
+    image, out = Image.frombytes("RGB", (spec.width, spec.height), pixels), io.BytesIO()
     exif = Image.Exif()
     exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
     if spec.format == "webp":

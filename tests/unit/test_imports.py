@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 HEIGHT = {
     "states": 0, "errors": 0, "demo": 0,
     "samplers": 1, "weight_files": 1, "spec": 2, "config": 1, "units": 0.5, "logs": 1,
-    "picture_bounds": 1, "parquet_rows": 1,
+    "picture_bounds": 1, "png": 1, "parquet_rows": 1,
     "catalog": 3, "checks": 3,
     "abilities": 4, "templates": 4, "prompt_files": 4, "pinning": 3.5, "prompts": 5, "models": 5,
     "blobs": 3, "broker": 4, "store": 4, "children": 4, "engines": 4, "local_broker": 4,
