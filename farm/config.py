@@ -115,6 +115,9 @@ class Settings(BaseSettings):
     http_max_body: int = Field(
         2**30, gt=0, description="bytes of the largest prompt file that the HTTP API takes"
     )
+    http_max_jobs: int = Field(
+        10_000_000, ge=1, description="most jobs of one batch that comes over HTTP"
+    )
     http_rate: float = Field(
         200.0, ge=0, description="requests a second of one token or address; 0: no limit"
     )

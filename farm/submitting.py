@@ -32,6 +32,7 @@ from farm.store.db import Database
 CHUNK = 20_000  # jobs in one transaction
 FIRST_CHUNK = 64  # of an eager submit, so that it starts at once; then four times as many
 FLUSH_S = 0.5  # an eager chunk waits no longer for more rows
+GIVE_UP = 100_000  # bad rows after which no more are read
 MOST_ERRORS = 1_000  # bad rows kept for the report; the rest are counted
 MAX_LABEL = 200  # characters of a batch's name and owner
 MAX_PRIORITY = 1_000_000
@@ -214,6 +215,11 @@ class _Submit:
                 self._plan.left_out(item)
             if len(told.errors) < MOST_ERRORS:
                 told.errors.append(item)
+            if told.bad >= GIVE_UP and not self._plan.eager:
+                raise InvalidPromptFile(
+                    f"{things_wrong(told.bad)}, and the rest was not read; nothing was queued",
+                    told.errors,
+                )
 
     def _go_on(self, made: Made, good: Iterator[NewJob]) -> None:
         """Pass over what is in already; it must be the same as it was."""

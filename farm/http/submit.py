@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from farm import prompt_files
+from farm.errors import InvalidPromptFile
 from farm.http import bodies, shapes
 from farm.http.access import Access, Submitter
 from farm.http.batches import in_its_turn
@@ -99,12 +100,19 @@ async def _read(request: Request, query: FileOrder, most: int) -> Submission:
     raise Refusal(415, "ERR_MEDIA_TYPE", f"the body's type is none of {known}")
 
 
+def _bound(most: int, total: int) -> None:
+    """Raises InvalidPromptFile for a batch that grows too large; what was queued of it goes."""
+    if total > most:
+        raise InvalidPromptFile(f"more than {most:,} jobs in one batch; nothing was queued")
+
+
 def _carry_out(here: State, asked: Submission, once: Once | None) -> tuple[BatchStatus, bool]:
     """The batch, and whether an earlier request of the same key had made it."""
     if once and (before := here.farm.made_by(asked.about["owner"], once)):
         return before, True
     known: list[int] = []
     about: Any = asked.about | {"once": once, "resumed": known.append}
+    about["progress"] = partial(_bound, here.farm.settings.http_max_jobs)
     about["files"] = False  # no file of this machine is read
     if asked.rows is not None:
         return here.farm.submit(asked.rows, **about), bool(known)

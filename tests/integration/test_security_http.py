@@ -13,7 +13,7 @@ import httpx2 as httpx
 import pytest
 from fastapi.routing import APIRoute
 
-from farm import client
+from farm import client, submitting
 from farm.errors import EnvironmentFault
 from farm.http import bodies, run, state
 from farm.http.limits import MOST_CLIENTS, Pace
@@ -270,6 +270,23 @@ def test_few_bodies_of_one_client_come_at_once(
 
     assert kit.http.post("/v1/batches", content=slow(), headers=headers).json()["total"] == 2
     assert not kit.server.here.uploads._held
+
+
+def test_a_batch_of_a_few_bytes_is_bounded(
+    tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submitting, "GIVE_UP", 3)
+    with serving(tmp_path, redis_url, http_max_jobs=25_000) as kit:
+        for body in ({"prompts": ["a", "b", "c"], "n": 10_000}, {"prompts": ["a"] * 25_001}):
+            refused = kit.http.post("/v1/batches", json=body)
+            assert (refused.status_code, refused.json()["errors"]) == (422, [])
+            assert "more than 25,000 jobs" in refused.json()["detail"]
+        headers = {"Content-Type": "text/csv"}
+        bad = kit.http.post("/v1/batches", content=b"prompt,n\n" + b"a,0\n" * 9, headers=headers)
+        assert (bad.status_code, len(bad.json()["errors"])) == (422, 3)
+        assert "the rest was not read" in bad.json()["detail"]
+        assert kit.farm.batches() == []
+        assert kit.submit("a", "b", n=10_000)
 
 
 def test_the_client_waits_for_its_turn(tmp_path: Path, redis_url: str) -> None:
