@@ -107,7 +107,7 @@ class Settings(BaseSettings):
     retry_delay_s: float = Field(2.0, ge=0, description="wait after a failure, doubled each time")
     tokens_per_worker: int = Field(2, ge=1, description="doorbell messages a live worker")
     bundle_seconds: float = Field(4.0, gt=0, description="work a worker claims at once")
-    bundle_max: int = Field(256, ge=1, le=1024, description="most jobs in one bundle")
+    bundle_max: int = Field(1024, ge=1, le=1024, description="most jobs in one bundle")
     load_timeout_s: float = Field(900.0, gt=0, description="longest a model may take to load")
     step_timeout_s: float = Field(300.0, gt=0, description="longest a step of a render may take")
     decode_timeout_s: float = Field(900.0, gt=0, description="longest decoding of a micro-batch")

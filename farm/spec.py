@@ -12,6 +12,7 @@ import json
 import unicodedata
 from collections.abc import Iterable, Mapping
 from json.encoder import encode_basestring as quoted
+from operator import itemgetter
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
@@ -117,9 +118,21 @@ class JobSpec(BaseModel):
 
     @classmethod
     def from_record(cls, fields: Mapping[str, Any]) -> JobSpec:
-        """A spec that was validated when it was recorded; JSON has made lists of its tuples."""
-        loras = tuple((name, weight) for name, weight in fields.get("loras", ()))
-        return cls.model_construct(**{**fields, "loras": loras})
+        """A spec that was validated when it was recorded; JSON has made lists of its tuples.
+
+        A record that somebody has changed is read as far as it can be; see `record_fault`.
+        """
+        return cls.model_construct(**{**fields, "loras": _pairs(fields.get("loras", ())) or ()})
+
+    def like_this(self, prompt: str, negative_prompt: str, seed: int) -> JobSpec:
+        """A job that differs in these only, which were validated; `model_copy` takes longer."""
+        made = JobSpec.__new__(JobSpec)
+        own = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed}
+        object.__setattr__(made, "__dict__", {**self.__dict__, **own})
+        object.__setattr__(made, "__pydantic_fields_set__", self.__pydantic_fields_set__)
+        object.__setattr__(made, "__pydantic_extra__", None)
+        object.__setattr__(made, "__pydantic_private__", None)
+        return made
 
     @property
     def kind(self) -> Kind:
@@ -150,6 +163,24 @@ class JobSpec(BaseModel):
         return {**self.model_dump(), "engine": engine, "weights": [weights, *hashes]}
 
 
+def _pairs(given: Any) -> tuple[tuple[Any, Any], ...] | None:
+    """Lists of two as tuples; None for what is no such list."""
+    try:
+        return tuple((name, weight) for name, weight in given)
+    except (TypeError, ValueError):
+        return None
+
+
+def record_fault(fields: Mapping[str, Any]) -> InvalidParameter | None:
+    """What is wrong with a recorded job, which a person or a program has changed; None: nothing."""
+    try:
+        JobSpec.model_validate({**fields, "loras": _pairs(fields.get("loras", ()))})
+    except ValidationError as error:
+        told = describe(row_errors(0, error))
+        return InvalidParameter(f"its record in the database is not what was submitted: {told}")
+    return None
+
+
 class Fingerprints:
     """`JobSpec.fingerprint` for many jobs of few shapes: only texts and seeds are written anew."""
 
@@ -160,7 +191,7 @@ class Fingerprints:
     def of(self, spec: JobSpec) -> str:
         """Raises KeyError for a LoRA whose hash is not known."""
         values = spec.__dict__
-        shape = tuple(values[name] for name in _SHAPE)
+        shape = _shape(values)
         around = self._around.get(shape)
         if around is None:
             if len(self._around) > 1_000:
@@ -203,8 +234,7 @@ class NewJob(NamedTuple):
 
     @property
     def spec(self) -> JobSpec:
-        own = {"prompt": self.prompt, "negative_prompt": self.negative_prompt, "seed": self.seed}
-        return self.shape.spec.model_copy(update=own)
+        return self.shape.spec.like_this(self.prompt, self.negative_prompt, self.seed)
 
 
 SDCPP_PROMPT_BYTES = 4_000
@@ -224,9 +254,10 @@ def engine_refuses(engine: str, text: str) -> str | None:
 
 
 FIELDS = tuple(JobSpec.model_fields)
-_SHAPE = [name for name in FIELDS if name not in ("prompt", "negative_prompt", "seed")]
+_shape = itemgetter(*(n for n in FIELDS if n not in ("prompt", "negative_prompt", "seed")))
 # What may differ within a micro-batch; of the pictures, only whether there is one counts.
 PER_JOB = ("prompt", "negative_prompt", "seed", "format", "engine", "init_image", "mask_image")
+_common = itemgetter(*(name for name in FIELDS if name not in PER_JOB))
 _PICTURE = "a PNG, JPEG or WebP file, blob:KEY of one in the blob store, or job:BATCH/INDEX"
 EXPECTED: dict[str, str] = {
     "model": "the name of a model in the catalogue",
@@ -264,6 +295,11 @@ def compatibility_key(params: Mapping[str, Any]) -> str:
     shared = {name: params[name] for name in FIELDS if name not in PER_JOB}
     shared["kind"] = kind_of(params["init_image"], params["mask_image"])
     return hashlib.sha256(_canonical(shared).encode()).hexdigest()[:16]
+
+
+def one_key(specs: Iterable[JobSpec]) -> bool:
+    """Whether all of these have the same compatibility key."""
+    return len({(_common(spec.__dict__), spec.kind) for spec in specs}) <= 1
 
 
 def _shown(value: Any) -> str:

@@ -35,7 +35,7 @@ from farm.errors import (
     JobCancelled,
     by_code,
 )
-from farm.spec import JobSpec
+from farm.spec import JobSpec, one_key
 from workers import child_main
 from workers.engine import NO_INPUTS, EngineConfig, EngineInfo, Inputs
 from workers.messages import (
@@ -233,7 +233,7 @@ class Child:
         EngineCrashed, EngineKilled or EngineHung is raised after the events that came before. If
         the events are not read to their end, the jobs left are cancelled.
         """
-        if len({spec.key for spec in specs}) > 1:
+        if not one_key(specs):
             raise InvalidParameter("a bundle holds jobs of one compatibility key only")
         self._abandon(self._bundle)
         if not specs:

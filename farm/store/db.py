@@ -126,8 +126,13 @@ class Database:
 
 
 def _postgres_connect(connection: Any, record: Any) -> None:
-    """A machine that freezes in a transaction must not hold up the others for long."""
+    """A machine that freezes in a transaction must not hold up the others for long.
+
+    A row found by its index costs little more than one in order, unlike on the turning disks that
+    the default is made for; without it a few hundred jobs are found by reading a whole table.
+    """
     with connection.cursor() as cursor:
+        cursor.execute("SET random_page_cost = 1.1")
         cursor.execute("SET lock_timeout = '10s'")
         cursor.execute("SET idle_in_transaction_session_timeout = '30s'")
     connection.commit()

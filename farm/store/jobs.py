@@ -29,8 +29,8 @@ from sqlalchemy import (
 )
 
 from farm.catalog import Lane
-from farm.errors import FarmError, JobCancelled, JobExpired
-from farm.spec import JobSpec
+from farm.errors import FarmError, InvalidParameter, JobCancelled, JobExpired
+from farm.spec import JobSpec, record_fault
 from farm.states import FINAL_STATES, JobState, may_become
 from farm.store.ids import JobRef
 from farm.store.rows import rows
@@ -153,10 +153,10 @@ def claim(
         near = jobs.c.idx.between(head.idx, head.idx + WINDOW - 1)
         alike = in_order.where(near, jobs.c.key == head.key, ~jobs.c.suspect).limit(limit)
         chosen = list(connection.scalars(alike))
+    given = rows(connection, _PLACE, [(batch_id, idx, QUEUED.value) for idx in chosen])
     moved = connection.execute(
         update(jobs)
-        .where(jobs.c.batch_id == batch_id, jobs.c.model == lane.model)
-        .where(jobs.c.asked_engine == asked, jobs.c.idx.in_(chosen), is_state(QUEUED))
+        .where(*_same(_PLACE, given))
         .values(
             state=RUNNING,
             session_id=session_id,
@@ -175,7 +175,10 @@ def claim(
     connection.execute(
         update(batches).where(batches.c.id == batch_id, started).values(started_at=now())
     )
-    return _claims_of(sorted(moved, key=lambda row: row.idx), shared, session_id)
+    good, bad = _claims_of(sorted(moved, key=lambda row: row.idx), shared, session_id)
+    for held, fault in bad:
+        fail(connection, held, fault)
+    return good
 
 
 _SPEC_COLUMNS = ("model", "prompt", "negative_prompt", "seed")
@@ -190,25 +193,42 @@ _CLAIMED = [
 
 def spec_of(row: Any, shared: dict[str, Any]) -> JobSpec:
     """The whole JobSpec of a row and its batch's shared parameters (validated when submitted)."""
+    return JobSpec.from_record(_fields_of(row, shared))
+
+
+def _fields_of(row: Any, shared: Any) -> dict[str, Any]:
     own = {name: getattr(row, name) for name in _SPEC_COLUMNS}
     own["engine"] = row.asked_engine or None
-    return JobSpec.from_record({**shared, **(row.params or {}), **own})
+    fields = {}
+    for params in (shared, row.params):
+        if params is not None:  # what is no mapping is kept, for record_fault to see
+            fields |= params if isinstance(params, dict) else {"params": params}
+    return fields | own
 
 
-def _claims_of(rows: Sequence[Any], shared: dict[str, Any], session_id: str) -> list[Claim]:
-    """Claims of one pool, many of whose jobs differ in their texts and seeds only."""
-    plain: JobSpec | None = None
-    found = []
+def _claims_of(
+    rows: Sequence[Any], shared: Any, session_id: str
+) -> tuple[list[Claim], list[tuple[Claim, InvalidParameter]]]:
+    """Claims of one pool, and those whose record is none that was ever submitted, with why.
+
+    Jobs whose parameters are the same differ in their texts and seeds only, and are checked once.
+    """
+    shapes: dict[str, tuple[JobSpec, InvalidParameter | None]] = {}
+    good, bad = [], []
     for row in rows:
-        if row.params or plain is None:
-            spec = spec_of(row, shared)
-            plain = plain if row.params else spec
-        else:
-            own = {"prompt": row.prompt, "negative_prompt": row.negative_prompt, "seed": row.seed}
-            spec = plain.model_copy(update=own)
+        shape = repr(row.params)
+        if shape not in shapes:
+            fields = _fields_of(row, shared)
+            shapes[shape] = JobSpec.from_record(fields), record_fault(fields)
+        spec, fault = shapes[shape]
         ref = JobRef(row.batch_id, row.idx)
-        found.append(Claim(ref, row.claim_no, session_id, spec, row.failures, row.suspect))
-    return found
+        spec = spec.like_this(row.prompt, row.negative_prompt, row.seed)
+        claim = Claim(ref, row.claim_no, session_id, spec, row.failures, row.suspect)
+        if fault:
+            bad.append((claim, fault))
+        else:
+            good.append(claim)
+    return good, bad
 
 
 def _claim_of(row: Any, shared: dict[str, Any], session_id: str) -> Claim:
@@ -233,12 +253,12 @@ def lock(connection: Connection, held: Sequence[Claim]) -> None:
     Whoever moves several jobs in one transaction takes locks in this order, so that no two wait
     for each other. SQLite has one writer at a time.
     """
-    if connection.dialect.name == "sqlite":
+    if not held or connection.dialect.name == "sqlite":
         return
-    for (batch_id, session_id), some in sorted(_by_holder(held).items()):
-        mine = rows(connection, _FENCE, [_fence(claim) for claim in some])
-        guarded = select(jobs.c.idx).where(*_holds(batch_id, session_id, mine))
-        connection.execute(guarded.order_by(jobs.c.idx).with_for_update(of=jobs)).all()
+    mine = rows(connection, _FENCE, [_fence(claim) for claim in held])
+    guarded = select(jobs.c.idx).where(*_same(_FENCE, mine))
+    guarded = guarded.order_by(jobs.c.batch_id, jobs.c.idx).with_for_update(of=jobs)
+    connection.execute(guarded).all()
     for pool in sorted({_pool_of(claim) for claim in held}):
         connection.execute(select(counts.c.model).where(counter_of(pool)).with_for_update()).all()
     for batch_id in sorted({claim.ref.batch_id for claim in held}):
@@ -246,34 +266,22 @@ def lock(connection: Connection, held: Sequence[Claim]) -> None:
         connection.execute(whole.with_for_update(key_share=True)).all()
 
 
-_FENCE = (jobs.c.idx, jobs.c.claim_no)
+_PLACE = (jobs.c.batch_id, jobs.c.idx, jobs.c.state)
+_FENCE = (*_PLACE, jobs.c.session_id, jobs.c.claim_no)
 
 
-def _fence(held: Claim) -> tuple[int, int]:
-    return held.ref.idx, held.claim_no
+def _fence(held: Claim) -> tuple[Any, ...]:
+    return *held.ref, RUNNING.value, held.session_id, held.claim_no
 
 
-def _by_holder(held: Iterable[Claim]) -> dict[tuple[str, str], list[Claim]]:
-    """Claims by (batch, session)."""
-    found: dict[tuple[str, str], list[Claim]] = {}
-    for claim in held:
-        found.setdefault((claim.ref.batch_id, claim.session_id), []).append(claim)
-    return found
+def _same(columns: Iterable[Column[Any]], given: FromClause) -> list[ColumnElement[bool]]:
+    """The jobs that agree with a row of `given` in all of these columns.
 
-
-def _holds(batch_id: str, session_id: str, given: FromClause) -> tuple[ColumnElement[bool], ...]:
-    """The guard of many: the jobs in `given`, as far as their claims still hold.
-
-    The coalesce hides an index: each job is to be looked up by its place, and not among all that
-    the session holds, which a planner may think are few.
+    No part of this is a constant, so that PostgreSQL looks each job up by its place: knowing too
+    little (nothing at first) of a million new rows, it may take those of one batch, or those that
+    run, for so few that it reads them all.
     """
-    return (
-        jobs.c.batch_id == batch_id,
-        jobs.c.idx == given.c.idx,
-        is_state(RUNNING),
-        func.coalesce(jobs.c.session_id, "") == session_id,
-        jobs.c.claim_no == given.c.claim_no,
-    )
+    return [jobs.c[column.name] == given.c[column.name] for column in columns]
 
 
 _GUARD = and_(
@@ -302,32 +310,32 @@ def _guarded_many(
     columns: Sequence[Column[Any]] = (),
     own: Sequence[Sequence[Any]] = (),
 ) -> int:
-    """Update the rows whose claims still hold, all of one batch and session; how many did.
+    """Update the rows whose claims still hold; how many did.
 
     `own`: for each claim its values of `columns`. A statement for each row would cost ten times
     as much.
     """
+    if not held:
+        return 0
     own = own or [()] * len(held)
     fenced = [(*_fence(claim), *some) for claim, some in zip(held, own, strict=True)]
     mine = rows(connection, (*_FENCE, *columns), fenced)
     bound = {column.name: mine.c[column.name] for column in columns}
-    guard = _holds(held[0].ref.batch_id, held[0].session_id, mine)
+    guard = _same(_FENCE, mine)
     changed = connection.execute(update(jobs).where(*guard).values({**values, **bound}))
     return changed.rowcount
 
 
-def mark_started(connection: Connection, held: Iterable[Claim]) -> None:
+def mark_started(connection: Connection, held: Sequence[Claim]) -> None:
     """Note that these jobs' own renders began: should the worker die now, they are suspects."""
-    for some in _by_holder(held).values():
-        _guarded_many(connection, some, {"started_at": now()})
+    _guarded_many(connection, held, {"started_at": now()})
 
 
 def record_progress(connection: Connection, progress: Iterable[tuple[Claim, float]]) -> None:
     """Note how far running jobs are, 0 to 1."""
     fractions = dict(progress)
-    for some in _by_holder(fractions).values():
-        own = [(fractions[claim],) for claim in some]
-        _guarded_many(connection, some, {}, [jobs.c.progress], own)
+    own = [(fraction,) for fraction in fractions.values()]
+    _guarded_many(connection, list(fractions), {}, [jobs.c.progress], own)
 
 
 _PICTURE = tuple(jobs.c[field.name] for field in fields(Picture))
@@ -335,9 +343,9 @@ _PICTURE = tuple(jobs.c[field.name] for field in fields(Picture))
 
 def succeed(connection: Connection, done: Sequence[tuple[Claim, Picture]]) -> set[JobRef]:
     """running -> succeeded, for stored pictures. A ref not returned: its claim was lost."""
-    pools: dict[tuple[Pool, str], list[tuple[Claim, Picture]]] = {}
+    pools: dict[Pool, list[tuple[Claim, Picture]]] = {}
     for held, picture in done:
-        pools.setdefault((_pool_of(held), held.session_id), []).append((held, picture))
+        pools.setdefault(_pool_of(held), []).append((held, picture))
     values = {
         "state": SUCCEEDED,
         "session_id": None,
@@ -349,7 +357,7 @@ def succeed(connection: Connection, done: Sequence[tuple[Claim, Picture]]) -> se
         "error": None,
     }
     tally, moved = _Tally(), set[JobRef]()
-    for (pool, _), some in pools.items():
+    for pool, some in pools.items():
         claims = [held for held, _ in some]
         own = [[getattr(picture, c.name) for c in _PICTURE] for _, picture in some]
         changed = _guarded_many(connection, claims, values, _PICTURE, own)
@@ -577,8 +585,8 @@ def _move_waiting(
     """Move locked jobs that no session holds, given by their old state; how many."""
     tally, total = _Tally(), 0
     for old, idxs in places.items():
-        chosen = rows(connection, [jobs.c.idx], [(idx,) for idx in idxs])
-        mine = and_(jobs.c.batch_id == batch_id, jobs.c.idx == chosen.c.idx)
+        place = (jobs.c.batch_id, jobs.c.idx)
+        mine = and_(*_same(place, rows(connection, place, [(batch_id, idx) for idx in idxs])))
         moved = connection.execute(
             update(jobs)
             .where(mine)

@@ -31,7 +31,7 @@ def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_flags_over_environment_over_file_over_defaults(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert load_settings().bundle_max == 256
+    assert load_settings().bundle_max == 1024
     (tmp_path / "farm.toml").write_text("bundle_max = 10\ntick_s = 3.0\nmax_failures = 7\n")
     monkeypatch.setenv("FARM_BUNDLE_MAX", "11")
     monkeypatch.setenv("FARM_TICK_S", "2")
