@@ -22,7 +22,7 @@ from farm.store.jobs import Claim, Picture
 from farm.verdict import give_back, settle_failure
 
 log = logging.getLogger(__name__)
-GROUP = 256  # so many records are written at once ...
+GROUP = 512  # so many records are written at once ...
 WAIT_S = 0.25  # ... or what there is after so long
 MAX_BACKOFF_S = 5.0
 

@@ -6,6 +6,7 @@ records (Recorder), beat (Heart) and claim the next bundle while the present one
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
@@ -104,6 +105,8 @@ class Runner:
             tend=self._tend,
         )
         self._heart.start()
+        gc.collect()
+        gc.freeze()  # what lives as long as the worker is looked through no more
         return info
 
     def ring(self) -> None:
