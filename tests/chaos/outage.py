@@ -64,6 +64,7 @@ def s3_outage_run(
     s3: S3Server,
     postgres: PostgresServer | None,
     kind: Literal["down", "silent"] = "down",
+    **settings: object,
 ) -> Outage:
     """Render with three workers, take the store away for `seconds`, and look at what became of it.
 
@@ -72,7 +73,7 @@ def s3_outage_run(
     told = Outage(
         "postgres" if postgres else "sqlite", kind, seconds, int(A_SECOND * seconds * 1.3)
     )
-    with FarmUnderFire(home, redis, s3, postgres, seconds_per_step=0.1) as farm:
+    with FarmUnderFire(home, redis, s3, postgres, seconds_per_step=0.1, **settings) as farm:
         farm.start()
         batch = farm.farm.submit([f"picture {i}" for i in range(told.jobs)], model=LANE.model)
         farm.wait_done(BEFORE, "the first pictures", 60)
