@@ -36,7 +36,7 @@ class Database:
     def __init__(self, url: str) -> None:
         try:
             parsed = make_url(url)
-        except ArgumentError:
+        except (ArgumentError, ValueError):  # a port that is no number
             raise InvalidConfig(
                 "database_url is no SQLAlchemy URL; write sqlite:////path/farm.db or "
                 "postgresql+psycopg://user:password@host/name"
@@ -134,7 +134,7 @@ def _postgres_connect(connection: Any, record: Any) -> None:
     with connection.cursor() as cursor:
         cursor.execute("SET random_page_cost = 1.1")
         cursor.execute("SET lock_timeout = '10s'")
-        cursor.execute("SET idle_in_transaction_session_timeout = '30s'")
+        cursor.execute("SET idle_in_transaction_session_timeout = '10s'")
     connection.commit()
 
 
