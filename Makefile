@@ -65,8 +65,8 @@ format: $(VENV)/.dev ## Mend style
 bench: $(VENV)/.dev ## Measure the farm's cost and an engine's memory; ARGS=--write keeps the tables
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
-fuzz: $(VENV)/.dev ## Put more than 5,000 made-up requests to the HTTP API (a minute)
-	HTTP_CASES=180 $(BIN)/python -m pytest -s -o timeout=900 tests/integration/test_http_schema.py
+fuzz: $(VENV)/.dev ## Put more than 50,000 bad inputs to the API, the commands and workers (20 minutes)
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 chaos: $(VENV)/.dev ## Kill, stop and cut off everything while jobs render, then audit (20 minutes)
 	CHAOS_TTL_S=30 $(BIN)/python -m pytest -q -s tests/chaos/test_points.py tests/chaos/test_poison.py

@@ -182,6 +182,7 @@ def claim(
 
 
 _SPEC_COLUMNS = ("model", "prompt", "negative_prompt", "seed")
+_ANY_TEXTS = {"prompt": "-", "negative_prompt": "", "seed": 0}  # a shape is judged without its own
 _CLAIMED = [
     jobs.c[name]
     for name in (
@@ -199,7 +200,7 @@ def spec_of(row: Any, shared: dict[str, Any]) -> JobSpec:
 def _fields_of(row: Any, shared: Any) -> dict[str, Any]:
     own = {name: getattr(row, name) for name in _SPEC_COLUMNS}
     own["engine"] = row.asked_engine or None
-    fields = {}
+    fields: dict[str, Any] = {}
     for params in (shared, row.params):
         if params is not None:  # what is no mapping is kept, for record_fault to see
             fields |= params if isinstance(params, dict) else {"params": params}
@@ -219,7 +220,7 @@ def _claims_of(
         shape = repr(row.params)
         if shape not in shapes:
             fields = _fields_of(row, shared)
-            shapes[shape] = JobSpec.from_record(fields), record_fault(fields)
+            shapes[shape] = JobSpec.from_record(fields), record_fault(fields | _ANY_TEXTS)
         spec, fault = shapes[shape]
         ref = JobRef(row.batch_id, row.idx)
         spec = spec.like_this(row.prompt, row.negative_prompt, row.seed)

@@ -84,7 +84,7 @@ def _query() -> Select[Any]:
 def _job(row: Row[Any]) -> Job:
     ref = JobRef(row.batch_id, row.idx)
     plain = {name: getattr(row, name) for name in _PLAIN}
-    return Job(str(ref), *ref, spec=spec_of(row, row.shared).model_dump(), **plain)
+    return Job(str(ref), *ref, spec=spec_of(row, row.shared).model_dump(warnings=False), **plain)
 
 
 def job(connection: Connection, ref: JobRef) -> Job:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import secrets
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -20,16 +23,17 @@ from tests.fuzz.core import Orders, Report
 # part -> cases in full, and in CI
 PARTS = {
     "schema": (5_600, 0),
-    "http": (11_000, 500),
-    "wire": (1_000, 40),
-    "prompts": (16_000, 800),
-    "pictures": (9_000, 300),
-    "jobs": (5_000, 150),
-    "cli": (5_000, 150),
-    "configs": (6_000, 400),
-    "worker": (1_500, 60),
+    "worker": (1_000, 40),
+    "cli": (4_000, 100),
+    "prompts": (14_000, 700),
+    "pictures": (8_000, 300),
+    "http": (12_000, 600),
+    "jobs": (5_000, 300),
+    "configs": (5_000, 400),
+    "wire": (1_000, 30),
 }
 LIMIT_S = 1500
+SCHEMA_CASES = 31  # operations of the HTTP API, each by its schema and against it
 _APART = "import sys; from tests.fuzz.core import main; main(sys.argv[1])"
 
 
@@ -66,6 +70,8 @@ def main() -> int:
 
 def run_apart(orders: Orders) -> Report:
     """Run a part in a process of its own; if that dies, its report says at which case."""
+    if orders.part == "schema":
+        return _schemathesis(orders)
     orders.home.mkdir(parents=True)
     told = json.dumps({**asdict(orders), "home": str(orders.home)})
     argv = [sys.executable, "-c", _APART, told]
@@ -83,6 +89,23 @@ def run_apart(orders: Orders) -> Report:
     last = (orders.home / "log").read_text(errors="replace")[-4000:]
     died = f"{again}\nits process ended with {code}\n{last}"
     return Report(orders.part, at - orders.first + 1, findings=[died])
+
+
+def _schemathesis(orders: Orders) -> Report:
+    """tests/integration/test_http_schema.py, with more requests for each operation."""
+    began = time.monotonic()
+    each = max(1, orders.cases // SCHEMA_CASES)
+    test = "tests/integration/test_http_schema.py"
+    argv = [sys.executable, "-m", "pytest", "-qs", "-o", f"timeout={LIMIT_S}", test]
+    argv += ["-p", "no:cacheprovider", f"--hypothesis-seed={orders.seed}"]
+    env = os.environ | {"HTTP_CASES": str(each), "CI": "1"}
+    done = subprocess.run(argv, env=env, capture_output=True, text=True)
+    found = re.search(r"^(\d+) cases$", done.stdout, re.MULTILINE)
+    report = Report(orders.part, int(found[1]) if found else 0, time.monotonic() - began)
+    if done.returncode or not found:
+        again = f"python -m tests.fuzz schema --seed {orders.seed} --cases {orders.cases}"
+        report.findings.append(f"{again}\n{done.stdout[-6_000:]}{done.stderr[-2_000:]}")
+    return report
 
 
 if __name__ == "__main__":

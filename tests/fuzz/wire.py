@@ -1,4 +1,4 @@
-"""Bytes that are no HTTP, or hardly, to the served API: it answers 4xx, hangs up or waits, and serves on."""
+"""Bytes that are hardly HTTP, to the served API: 4xx, or it hangs up or waits, and serves on."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from schemathesis import APIOperation, Case, GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks as openapi
 
+from farm.prompts import MAX_PICTURES
 from tests.http_kit import HttpKit, serving
 
 CASES = int(os.environ.get("HTTP_CASES", "30"))
@@ -46,7 +47,7 @@ def kit(
     """On PostgreSQL, which refuses more than SQLite does."""
     home = tmp_path_factory.mktemp("schema")
     url = postgres_server.create_database()
-    with serving(home, redis_server.url, database_url=url, guarded=True) as kit:
+    with serving(home, redis_server.url, database_url=url, guarded=True, http_rate=0) as kit:
         kit.http.headers["Authorization"] = f"Bearer {kit.token('admin')}"
         yield kit
 
@@ -74,8 +75,10 @@ def test_what_openapi_says(kit: HttpKit, done: str, queued: str) -> None:
             case.path_parameters["batch"] = done if turn % 3 == 1 or ends else queued
             if "idx" in case.path_parameters and turn % 2:
                 case.path_parameters["idx"] = 0
-        if isinstance(case.query.get("wait"), int | float):
-            case.query["wait"] = min(case.query["wait"], 0.05)
+        if "wait" in case.query:
+            case.query["wait"] = _shorter(case.query["wait"])
+        if isinstance(case.body, dict) and "n" in case.body and turn % 10:
+            case.body["n"] = _fewer(case.body["n"])
         headers = {"Authorization": kit.http.headers["Authorization"]} if turn % 7 else {}
         case.call_and_validate(headers=headers, checks=CHECKED, timeout=60, allow_redirects=False)
 
@@ -89,6 +92,19 @@ def test_what_openapi_says(kit: HttpKit, done: str, queued: str) -> None:
             limited = LIMITS(given(operation.as_strategy(generation_mode=mode))(ask))
             limited()
     print(f"\n{next(turns) - 1} cases")
+
+
+def _shorter(wait: Any) -> Any:
+    """Also of "59", which the server reads as a number."""
+    try:
+        return min(float(wait), 0.05)
+    except (TypeError, ValueError):
+        return wait
+
+
+def _fewer(n: Any) -> Any:
+    """Ten thousand jobs a request take minutes in all on a busy machine, and are no other case."""
+    return n % 20 + 1 if type(n) is int and 20 < n <= MAX_PICTURES else n
 
 
 def negatable(operation: APIOperation) -> bool:
