@@ -14,7 +14,6 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 from farm.blobs import BlobStore
@@ -23,37 +22,16 @@ from farm.pictures import CONTENT_TYPES, Origin, encode, object_key, sha256
 from farm.spec import Fingerprints
 from farm.store.ids import JobRef
 from farm.store.jobs import Claim, Picture
+from workers import outage
+from workers.outage import Finished, Hand, Outage
 from workers.recorder import Recorder
-from workers.spool import Entry, Spool, SpoolFull
+from workers.spool import Spool, SpoolFull
 
 log = logging.getLogger(__name__)
 THREADS = 4
 MOST_WAITING = 256  # pictures in memory; beyond that the engine waits
 MOST_BYTES = 128 * 2**20  # of their pixels
 TOGETHER = 16  # pictures that a thread takes at once, when many wait
-STUCK_S = 5.0  # a put that takes longer hangs
-PAUSE_S, MAX_PAUSE_S = 0.2, 5.0  # between two tries of a store that is away
-
-
-@dataclass(eq=False)
-class _Finished:
-    """A picture on its way: in memory as pixels, or as a file in the spool."""
-
-    claim: Claim
-    pixels: Any = None
-    render_s: float = 0.0
-    entry: Entry | None = None
-    room: int = 0  # bytes that it is counted with while it is in memory
-
-
-@dataclass
-class _Hand:
-    """What one thread has in its hands."""
-
-    group: list[_Finished] = field(default_factory=list)
-    stored: list[tuple[Claim, Picture]] = field(default_factory=list)
-    putting_since: float | None = None  # monotonic
-    looks: bool = False  # whether the store is back
 
 
 class Keeper:
@@ -66,15 +44,14 @@ class Keeper:
         self._lock = threading.Lock()
         self._ready = threading.Condition(self._lock)  # for the threads: there is something to do
         self._changed = threading.Condition(self._lock)  # for the others: something was done
-        self._waiting: deque[_Finished] = deque()
-        self._held: deque[_Finished] = deque()  # in the spool, until the store is back
+        self._waiting: deque[Finished] = deque()
+        self._held: deque[Finished] = deque()  # in the spool, until the store is back
         self._unwanted: deque[str] = deque()  # objects to delete
         self._in_memory, self._memory_bytes = 0, 0
-        self._away, self._full = "", ""  # why the store takes nothing, and the spool
-        self._pause, self._next_try = PAUSE_S, 0.0
+        self._outage = Outage()
         self._hurry, self._closing = threading.Event(), threading.Event()
         self.stored_bytes = 0
-        self._hands = [_Hand() for _ in range(THREADS)]
+        self._hands = [Hand() for _ in range(THREADS)]
         for n, hand in enumerate(self._hands):
             name = f"keeper-{n}"
             threading.Thread(target=self._work, args=(hand,), name=name, daemon=True).start()
@@ -84,8 +61,7 @@ class Keeper:
     @property
     def trouble(self) -> str:
         """Why finished pictures are held just now, else nothing."""
-        held = self._held or self._in_memory
-        return "; ".join(filter(None, (self._away, self._full))) if held and self._away else ""
+        return str(self._outage) if self._held or self._in_memory else ""
 
     @property
     def spooled(self) -> int:
@@ -98,16 +74,16 @@ class Keeper:
         Returns at once, unless too many pictures are in memory already; if that is because the
         store hangs, the picture goes to the spool from here.
         """
-        one = _Finished(claim, pixels, render_s)
+        one = Finished(claim, pixels, render_s)
         while not self._accept(one):
             if self._is_stuck():
-                self._notice(f"the blob store has not answered for {STUCK_S:g} s")
-                if self._end(one, _Hand(), waits=False):
+                self._notice(f"the blob store has not answered for {outage.STUCK_S:g} s")
+                if self._end(one, Hand(), waits=False):
                     return
                 with self._lock:
                     self._changed.wait_for(lambda: self._has_room(pixels.nbytes), 1.0)
 
-    def _accept(self, one: _Finished) -> bool:
+    def _accept(self, one: Finished) -> bool:
         """Put it with those that wait; False: there was no room within a second."""
         size = one.pixels.nbytes
         with self._lock:
@@ -133,7 +109,7 @@ class Keeper:
             with suppress(KeyError):  # the engine will say that it does not know the LoRA
                 name = self._name(claim)
                 if name in names and (entry := self._spool.take(name)):
-                    found.append(_Finished(claim, entry=entry))
+                    found.append(Finished(claim, entry=entry))
         if not found:
             return bundle
         log.info("%d pictures in the spool were rendered for these jobs before", len(found))
@@ -155,7 +131,7 @@ class Keeper:
             self._loosen(one)
             self._recorder.back(one.claim, "its worker's session was lost")
 
-    def _pick(self, refs: set[JobRef] | None) -> list[_Finished]:
+    def _pick(self, refs: set[JobRef] | None) -> list[Finished]:
         """Take out of what is held: these jobs', or all."""
         with self._lock:
             picked = [one for one in self._held if refs is None or one.claim.ref in refs]
@@ -197,9 +173,9 @@ class Keeper:
         self._spool.close()
 
     def _is_done(self) -> bool:
-        return not self._waiting and not any(hand.group for hand in self._hands)
+        return not self._waiting and not any(hand.group or hand.stored for hand in self._hands)
 
-    def _leave(self, one: _Finished) -> None:
+    def _leave(self, one: Finished) -> None:
         """Give a job back, and leave its picture to whoever claims it next."""
         try:
             if one.entry or self._hold(one, self._file(one)):
@@ -208,11 +184,11 @@ class Keeper:
                 return
         except Exception:  # whatever it is, the job goes back
             log.exception("job %s: its picture could not be left in the spool", one.claim.ref)
-        self._recorder.failure(one.claim, StorageUnavailable(self._away or None))
+        self._recorder.failure(one.claim, StorageUnavailable(self._outage.store or None))
 
     # ---- the threads
 
-    def _work(self, hand: _Hand) -> None:
+    def _work(self, hand: Hand) -> None:
         """One thread's: whatever waits, until the keeper closes."""
         while self._take(hand):
             for one in list(hand.group):
@@ -224,10 +200,10 @@ class Keeper:
             with self._lock:
                 stored, hand.stored = hand.stored, []
                 self.stored_bytes += sum(picture.size_bytes for _, picture in stored)
+                self._recorder.pictures(stored)
                 self._changed.notify_all()
-            self._recorder.pictures(stored)
 
-    def _take(self, hand: _Hand) -> bool:
+    def _take(self, hand: Hand) -> bool:
         """An even share of what waits, so that no thread is idle meanwhile; False: the end.
 
         While the store is away, from time to time one of those that are held instead.
@@ -248,13 +224,13 @@ class Keeper:
 
     def _next_look(self) -> float | None:
         """Seconds until a thread is to try a held picture; None: not at all, or one does."""
-        if not (self._away and self._held) or self._closing.is_set():
+        if not (self._outage.store and self._held) or self._closing.is_set():
             return None
         if any(hand.looks for hand in self._hands):
             return None
-        return self._next_try - time.monotonic()
+        return self._outage.wait_s()
 
-    def _end(self, one: _Finished, hand: _Hand, *, waits: bool = True) -> bool:
+    def _end(self, one: Finished, hand: Hand, *, waits: bool = True) -> bool:
         """Store a picture, hold it, or record its failure; False: no room, and not to be waited."""
         try:
             return self._store_or_hold(one, hand, waits)
@@ -266,27 +242,27 @@ class Keeper:
             self._fail(one, RenderFailed(what))
         return True
 
-    def _store_or_hold(self, one: _Finished, hand: _Hand, waits: bool) -> bool:
+    def _store_or_hold(self, one: Finished, hand: Hand, waits: bool) -> bool:
         data, looks = self._file(one), hand.looks
         while True:
-            if (looks or not self._away) and self._put(one, data, hand):
+            if (looks or not self._outage.store) and self._put(one, data, hand):
                 return True
             if self._hold(one, data):
                 return True
             if not waits:
                 return False
-            if self._closing.wait(MAX_PAUSE_S * random.uniform(0.1, 0.5)):
-                raise StorageUnavailable(self._away)
+            if self._closing.wait(outage.MAX_PAUSE_S * random.uniform(0.1, 0.5)):
+                raise StorageUnavailable(self._outage.store)
             looks = True
 
-    def _file(self, one: _Finished) -> bytes:
+    def _file(self, one: Finished) -> bytes:
         """The picture's bytes. Raises BlobDamaged for one that the spool does not have whole."""
         if one.entry is None:
             return encode(one.pixels.tobytes(), one.claim.spec, self._origin)
         data, one.render_s = self._spool.read(one.entry)
         return data
 
-    def _put(self, one: _Finished, data: bytes, hand: _Hand) -> bool:
+    def _put(self, one: Finished, data: bytes, hand: Hand) -> bool:
         claim, spec = one.claim, one.claim.spec
         key = object_key(claim.ref, claim.claim_no, claim.session_id, spec.format)
         hand.putting_since = time.monotonic()
@@ -297,7 +273,7 @@ class Keeper:
             return False
         finally:
             hand.putting_since = None
-        if self._away:
+        if self._outage.store:
             self._is_back()
         mark = self._fingerprints.of(spec)
         picture = Picture(key, sha256(data), len(data), one.render_s, mark)
@@ -307,20 +283,18 @@ class Keeper:
         self._discard(one)
         return True
 
-    def _hold(self, one: _Finished, data: bytes) -> bool:
+    def _hold(self, one: Finished, data: bytes) -> bool:
         """Put a picture in the spool until the store is back; False: it is full."""
         if one.entry is None:
             try:
                 one.entry = self._spool.add(self._name(one.claim), data, one.render_s)
             except SpoolFull as error:
-                if not self._full:
-                    log.warning("%s; the engine waits", error.message)
-                self._full = error.message
+                self._outage.notice_spool(error.message)
                 return False
-            self._full = ""
+            self._outage.spool = ""
             self._free(one)
         with self._lock:
-            (self._held if self._away else self._waiting).append(one)
+            (self._held if self._outage.store else self._waiting).append(one)
             self._ready.notify()
         return True
 
@@ -329,47 +303,38 @@ class Keeper:
         return f"{claim.ref.batch_id}-{claim.ref.idx}-{self._fingerprints.of(claim.spec)}"
 
     def _notice(self, why: str) -> None:
-        """The store is away: hold pictures, and look again after a pause that doubles."""
         with self._lock:
-            if not self._away:
-                log.warning("%s; holding pictures until it is back", why)
-                self._pause, self._next_try = PAUSE_S, 0.0
-            self._away = why
-            if (now := time.monotonic()) >= self._next_try:
-                self._next_try = now + self._pause * random.uniform(0.5, 1.5)
-                self._pause = min(self._pause * 2, MAX_PAUSE_S)
+            self._outage.notice(why)
 
     def _is_back(self) -> None:
         with self._lock:
-            if self._away:
-                log.info("the blob store is back; %d pictures were held", len(self._held))
-            self._away = self._full = ""
+            if self._outage.store:
+                self._outage.end(len(self._held))
             self._waiting.extendleft(reversed(self._held))
             self._held.clear()
             self._ready.notify_all()
 
     def _is_stuck(self) -> bool:
         """Whether every thread that has something to do has waited for the store for long."""
-        since = [hand.putting_since for hand in self._hands if hand.group]
-        late = time.monotonic() - STUCK_S
-        return bool(since) and all(began is not None and began < late for began in since)
+        busy = [hand for hand in self._hands if hand.group]
+        return bool(busy) and all(hand.is_stuck for hand in busy)
 
     # ---- the ends of a picture
 
-    def _fail(self, one: _Finished, error: FarmError) -> None:
+    def _fail(self, one: Finished, error: FarmError) -> None:
         self._discard(one)
         self._recorder.failure(one.claim, error)
 
-    def _discard(self, one: _Finished) -> None:
+    def _discard(self, one: Finished) -> None:
         if one.entry:
             self._spool.drop(one.entry)
         self._free(one)
 
-    def _loosen(self, one: _Finished) -> None:
+    def _loosen(self, one: Finished) -> None:
         if one.entry:
             self._spool.loosen(one.entry)
 
-    def _free(self, one: _Finished) -> None:
+    def _free(self, one: Finished) -> None:
         """It is in memory no longer."""
         one.pixels = None
         if one.room:

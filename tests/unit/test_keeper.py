@@ -26,6 +26,7 @@ from farm.store.reads import Job
 from tests.servers import poll
 from tests.store_kit import LANE, Kit, spec
 from workers import keeper as keeper_module
+from workers import outage as outage_module
 from workers import spool as spool_module
 from workers.keeper import Keeper
 from workers.recorder import Recorder
@@ -192,7 +193,7 @@ def test_pictures_are_spooled_while_the_store_hangs(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keeper_module, "MOST_WAITING", 8)
-    monkeypatch.setattr(keeper_module, "STUCK_S", 0.1)
+    monkeypatch.setattr(outage_module, "STUCK_S", 0.1)
     keeper, claims = bench.keeper(), bench.claims(40)
     bench.store.answers.clear()
     thread, kept = keep_all(keeper, claims)
@@ -228,7 +229,7 @@ def test_a_worker_that_ends_leaves_its_pictures_to_the_next_claim(bench: Bench) 
 def test_a_store_that_hangs_does_not_hold_up_the_end(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeper_module, "STUCK_S", 0.1)
+    monkeypatch.setattr(outage_module, "STUCK_S", 0.1)
     keeper, claims = bench.keeper(), bench.claims(12)
     bench.store.answers.clear()
     keep_all(keeper, claims)[0].join(10)
