@@ -22,7 +22,7 @@ from farm.store import audit as store
 from farm.store import counters, prune
 from farm.store.audit import Recorded
 from farm.store.db import Database
-from farm.store.ids import claim_in
+from farm.store.ids import JobRef, claim_in
 
 THREADS = 8
 PAGE = 1_000  # jobs that are looked at in one go
@@ -30,10 +30,11 @@ MOST_FINDINGS = 1_000  # told one by one; all are counted
 
 Kind = Literal["missing", "damaged", "shared", "counters", "end", "held", "orphan"]
 RECONCILE = "farm reconcile"
+RENDER_AGAIN = "farm audit --lost FILE, then farm submit --file FILE --no-reuse"
 MEND: dict[Kind, str] = {
-    "missing": "render it again: farm submit --no-reuse, with what `farm status {0}` shows",
-    "damaged": "render it again: farm submit --no-reuse, with what `farm status {0}` shows",
-    "shared": "render it again: farm submit --no-reuse, with what `farm status {0}` shows",
+    "missing": RENDER_AGAIN,
+    "damaged": RENDER_AGAIN,
+    "shared": RENDER_AGAIN,
     "counters": RECONCILE,
     "end": RECONCILE,
     "held": RECONCILE,
@@ -77,13 +78,13 @@ class Audited:
     def find(self, kind: Kind, about: str, text: str, mend: str | None = None) -> None:
         self.wrong[kind] += 1
         if len(self.findings) < MOST_FINDINGS:
-            self.findings.append(Finding(kind, about, text, mend or MEND[kind].format(about)))
+            self.findings.append(Finding(kind, about, text, mend or MEND[kind]))
 
 
 Progress = Callable[[Audited], None]
 
 
-def _silent(so_far: Audited) -> None:
+def _silent(_: object) -> None:
     pass
 
 
@@ -95,20 +96,24 @@ def audit(
     quick: bool = False,
     after: str = "",
     progress: Progress = _silent,
+    lost: Callable[[JobRef], None] = _silent,
 ) -> Audited:
     """Look at these batches, or at all behind the id `after` and at every object of the store.
 
     Each succeeded job's object is read and compared with the recorded size and SHA-256; `quick`
-    asks for its size only. Raises DatabaseUnavailable and StorageUnavailable.
+    asks for its size only. `lost` hears of each job whose picture is to be rendered again: no arrow
+    leads out of `succeeded`, so that is another job's task. Raises DatabaseUnavailable and
+    StorageUnavailable.
     """
-    told = Audited()
+    told, look = Audited(), partial(_look, blobs, quick=quick)
     batch_ids = None if batch_ids is None else list(batch_ids)
     chosen = store.every_batch(db, after) if batch_ids is None else batch_ids
     with ThreadPoolExecutor(THREADS, thread_name_prefix="audit") as pool:
         for batch_id in chosen:
             _check_batch(told, db, batch_id)
             for page in _pages(db, batch_id):
-                _check_pictures(told, db, pool, page, partial(_look, blobs, quick=quick))
+                for ref in _check_pictures(told, db, pool, page, look):
+                    lost(ref)
                 progress(told)
             if batch_ids is not None:
                 _check_objects(told, db, blobs, f"pictures/{batch_id}/", progress)
@@ -147,7 +152,9 @@ def _check_pictures(
     pool: ThreadPoolExecutor,
     page: Sequence[Recorded],
     look: Callable[[Recorded], tuple[int, tuple[Kind, str] | None]],
-) -> None:
+) -> list[JobRef]:
+    """The jobs of the page whose pictures are not what was recorded."""
+    lost = []
     for one, (size, wrong) in zip(page, pool.map(look, page), strict=True):
         told.pictures += 1
         told.bytes += size
@@ -156,6 +163,8 @@ def _check_pictures(
                 there = store.still(connection, one)
             if there:  # and was not pruned just now
                 told.find(wrong[0], str(one.ref), f"job {one.ref}: {wrong[1]}")
+                lost.append(one.ref)
+    return lost
 
 
 def _look(blobs: BlobStore, one: Recorded, *, quick: bool) -> tuple[int, tuple[Kind, str] | None]:

@@ -43,7 +43,9 @@ class Gallery(Kit):
         data = claim.spec.prompt.encode()
         key = object_key(claim.ref, claim.claim_no, claim.session_id, "png")
         self.blobs.put(key, data, "image/png")
-        return Picture(key, sha256(data), len(data), 0.1, claim.spec.fingerprint("fake", "0" * 64))
+        hashes = {name: "0" * 64 for name, _ in claim.spec.loras}
+        mark = claim.spec.fingerprint("fake", "0" * 64, hashes)
+        return Picture(key, sha256(data), len(data), 0.1, mark)
 
     def linked(self, source: str) -> str:
         """A batch of one job that has the picture of the first job of `source`."""

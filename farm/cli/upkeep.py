@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +18,7 @@ from farm.errors import Invalid
 if TYPE_CHECKING:
     from farm.audit import Audited
     from farm.service import Farm
+    from farm.store.ids import JobRef
 
 _PANEL = "The farm"
 
@@ -27,6 +30,12 @@ def audit(
     ] = False,
     after: Annotated[
         str | None, typer.Option(metavar="BATCH", help="Go on behind this batch.")
+    ] = None,
+    lost: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write the jobs whose pictures are lost there, as a prompt file."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -45,14 +54,48 @@ def audit(
         farm.check_schema()
         chosen = list(dict.fromkeys(farm.find(text) for text in batches)) if batches else None
         behind = farm.find(after) if after else ""
-        with _progress(farm, chosen, behind) as progress:
-            told = look(farm.db, farm.blobs, chosen, quick=quick, after=behind, progress=progress)
+        with _progress(farm, chosen, behind) as progress, _prompt_file(farm, lost) as write:
+            told = look(
+                farm.db,
+                farm.blobs,
+                chosen,
+                quick=quick,
+                after=behind,
+                progress=progress,
+                lost=write,
+            )
     if as_json:
         print_json(told.as_dict())
     else:
         _tell(told)
     if not told.ok:
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _prompt_file(farm: Farm, path: Path | None) -> Iterator[Callable[[JobRef], None]]:
+    """Writes jobs as lines of a new prompt file, which is there if any was written."""
+    if path is None:
+        yield lambda ref: None
+        return
+    try:
+        stream = path.open("x", encoding="utf-8")
+    except FileExistsError:
+        raise Invalid(f"{path} is there already: name a new file") from None
+    with stream:
+        yield lambda ref: print(
+            json.dumps(_row(farm.job(ref).spec), ensure_ascii=False), file=stream
+        )
+    if not path.stat().st_size:
+        path.unlink()
+
+
+def _row(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A job as a row of a prompt file."""
+    row = {name: value for name, value in spec.items() if value not in (None, ())}
+    for name in {"init_image", "mask_image"} & set(row):
+        row[name] = f"blob:{row[name]}"
+    return row | ({"loras": dict(row["loras"])} if "loras" in row else {})
 
 
 def _tell(told: Audited) -> None:
@@ -153,7 +196,9 @@ def register(app: typer.Typer) -> None:
     app.command(
         rich_help_panel=_PANEL,
         epilog=examples(
-            "farm audit", "farm audit latest --quick", "farm audit --json > audit.json"
+            "farm audit",
+            "farm audit latest --quick",
+            "farm audit --lost lost.jsonl; farm submit --file lost.jsonl --no-reuse",
         ),
     )(audit)
     app.command(

@@ -115,7 +115,7 @@ def test_what_is_wrong_is_found_and_how_to_mend_it(
     finding = told.findings[0]
     assert finding.kind == kind
     assert finding.about in finding.text
-    assert finding.mend.startswith(("farm reconcile", "render it again: farm submit --no-reuse"))
+    assert finding.mend.startswith(("farm reconcile", "farm audit --lost"))
     assert shop.look(quick=True).ok == (not quick)
 
 

@@ -73,11 +73,32 @@ def test_what_is_wrong_is_told_with_how_to_mend_it(run: Run, shop: Gallery) -> N
     assert f"counters  the counters of batch {batch_id} are wrong: shapes: failed 7, not 0" in out
     assert "wrong: 2; looked at 2 pictures of 1 batch" in err
     assert "mend: farm reconcile" in err
-    assert f"farm submit --no-reuse, with what `farm status {batch_id}/1` shows" in err
+    assert "farm audit --lost FILE, then farm submit --file FILE --no-reuse" in err
     code, out, _ = run("audit", "--json")
     told = json.loads(out)
     assert (code, told["ok"], told["wrong"]) == (1, False, {"counters": 1, "missing": 1})
     assert {finding["about"] for finding in told["findings"]} == {batch_id, f"{batch_id}/1"}
+
+
+def test_lost_pictures_are_submitted_again(run: Run, shop: Gallery, tmp_path: Path) -> None:
+    """Every field of theirs, so that the new picture is the one that was lost."""
+    rich = spec(
+        "ein Ölbild", init_image=f"inputs/{'a' * 64}.png", strength=0.5, loras={"ink": 0.5},
+        scheduler="euler", negative_prompt="x", format="webp",
+    )  # fmt: skip
+    whole, lossy = shop.rendered("a"), shop.batch(rich, spec("kept"))
+    shop.finish(shop.claim(lossy, shop.session(), 9))
+    shop.blobs.delete([shop.pictures(lossy)[0].object_key])
+    file = tmp_path / "lost.jsonl"
+    assert run("audit", "--quick", "--lost", file)[0] == 1
+    (row,) = map(json.loads, file.read_text("utf-8").splitlines())
+    shop.blobs.put(f"inputs/{'a' * 64}.png", b"1", "image/png")
+    assert row.pop("init_image") == f"blob:inputs/{'a' * 64}.png"
+    assert spec(**row, init_image=rich.init_image) == rich
+    assert run("audit", "--lost", file)[0] == 2
+    fine = tmp_path / "fine.jsonl"
+    assert run("audit", whole, "--lost", fine)[0] == 0
+    assert not fine.exists()
 
 
 def test_what_is_refused(run: Run, shop: Gallery) -> None:
