@@ -13,6 +13,7 @@ from sqlalchemy import update
 from farm import audit as audit_room
 from farm import retention
 from farm.audit import audit
+from farm.blobs import BlobStore
 from farm.blobs.local import LocalBlobs
 from farm.pictures import object_key
 from farm.store import jobs, prune, sessions
@@ -189,3 +190,21 @@ def test_the_same_number_of_another_session_is_another_claim(shop: Gallery) -> N
     assert shop.look().wrong == {"orphan": 1}
     assert retention.prune_passed(shop.db, shop.blobs).objects == 1
     assert shop.look().ok
+
+
+def test_on_every_blob_store(tmp_path: Path, blob_store: BlobStore) -> None:
+    shop = Gallery.of(f"sqlite:///{tmp_path / 'farm.db'}", blob_store)
+    batch_id = shop.rendered("whole", "gone", "flipped")
+    _, gone, flipped = (one.object_key for one in shop.pictures(batch_id))
+    assert shop.look().ok
+    _gone(shop, batch_id, gone)
+    _flipped(shop, batch_id, flipped)
+    _orphan(shop, batch_id, gone)
+    lost: list[JobRef] = []
+    told = audit(shop.db, shop.blobs, lost=lost.append)
+    assert told.wrong == {"missing": 1, "damaged": 1, "orphan": 1}
+    assert lost == [JobRef(batch_id, 1), JobRef(batch_id, 2)]
+    assert retention.prune_passed(shop.db, shop.blobs, dry_run=True).objects == 1
+    assert retention.prune_passed(shop.db, shop.blobs).objects == 1
+    assert shop.look(batch_id).wrong == {"missing": 1, "damaged": 1}
+    shop.db.close()
