@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import secrets
 import socket
 import threading
@@ -111,7 +112,7 @@ class _Dispatcher:
             self._notice_sleep()
             healthy = self._try("lead", self._lead) and (not self.leads or self._tick())
             wait = self._settings.tick_s if healthy else min(wait * 2, MAX_WAIT_S)
-            self._stop.wait(wait)
+            self._stop.wait(wait if healthy else wait * random.uniform(0.5, 1.0))
         if self.leads:
             self._try("hand over", self._hand_over)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from celery import signals
+from celery.exceptions import CPendingDeprecationWarning
 from celery.platforms import SecurityWarning
 from celery.worker import state as celery_state
 
@@ -33,6 +34,7 @@ from workers.runner import Runner
 from workers.watchdog import Watchdog
 
 log = logging.getLogger("farm.worker")
+SELDOM_S = 60.0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -72,7 +74,9 @@ def _serve(args: argparse.Namespace, engine_log: Path) -> int:
     lane = Lane(args.model, args.engine)
     logs.begin(settings.log_level, settings.log_format, role="worker", lane=":".join(lane))
     warnings.simplefilter("ignore", SecurityWarning)  # of root and pickle; ours is JSON only
+    warnings.simplefilter("ignore", CPendingDeprecationWarning)  # at each lost connection
     logging.getLogger("celery").setLevel(max(logging.WARNING, logging.root.level))
+    logging.getLogger("celery.worker.consumer.consumer").addFilter(_Seldom())
     catalog = load_catalog(settings.catalog_path, settings.models_path)
     weights, need = catalog.weights(lane), catalog.get(lane.model).memory_gb
     config = EngineConfig(
@@ -181,6 +185,21 @@ def _consume(farm: Farm, lane: Lane, runner: Runner, again: Callable[[], None]) 
     worker.start()
     watchdog.join()
     return 1 if runner.broken.is_set() else int(worker.exitcode or 0)
+
+
+class _Seldom(logging.Filter):
+    """Lets the same line pass once in a while: Celery repeats itself while the broker is away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text, now = str(record.msg)[:60], time.monotonic()
+        if now - self._said.get(text, -SELDOM_S) < SELDOM_S:
+            return False
+        self._said[text] = now
+        return True
 
 
 def _keep_logging(**_: Any) -> None:

@@ -22,6 +22,7 @@ from farm.verdict import give_back
 
 log = logging.getLogger(__name__)
 SWEEP_S = 30.0
+MOST_OPEN = 12_000  # claims whose end is not recorded, those of spooled pictures among them
 
 
 class Claims:
@@ -35,7 +36,13 @@ class Claims:
         self._sweep_at = time.monotonic() + SWEEP_S
 
     def next(self, size: int) -> list[Claim]:
-        """The next bundle of at most `size` jobs; empty when there is none or SQL is away."""
+        """The next bundle of at most `size` jobs; empty when there is none or SQL is away.
+
+        And when it takes claims, but no records of their ends: these are not to fill the memory.
+        """
+        if self.count() + size > MOST_OPEN:
+            log.warning("%d jobs have not ended yet; no more are claimed", self.count())
+            return []
         with self._claiming:
             try:
                 bundle = dispatch.claim_bundle(self._db, self._session(), self._lane, size)

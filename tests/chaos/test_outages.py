@@ -123,6 +123,8 @@ def test_work_goes_on_while_redis_is_full_read_only_or_gone(
             after = kit.farm.submit([f"{name}: after"], model=MODEL)
             assert kit.farm.wait(after.id, 30).counts["succeeded"] == 1, name
             assert worker.poll() is None
+        said = kit.log("worker-fake-one").splitlines()
+        assert len(said) < 200, "it does not repeat itself all the time"
 
 
 def _sessions(kit: FarmKit) -> int:

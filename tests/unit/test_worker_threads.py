@@ -17,6 +17,7 @@ from farm.store.ids import JobRef
 from farm.store.jobs import Claim, Picture
 from tests.servers import poll
 from tests.store_kit import LANE, PICTURE, Kit, spec
+from workers import claims as claims_module
 from workers.claims import Claims
 from workers.heart import Heart
 from workers.recorder import Recorder
@@ -124,6 +125,19 @@ def test_a_claim_whose_answer_was_lost_goes_back(kit: Kit, monkeypatch: pytest.M
     claims.forget(bundle)
     claims._sweep(session)
     assert kit.states(batch) == {"queued": 2}
+
+
+def test_no_more_is_claimed_while_too_many_claims_have_not_ended(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, session = kit.batch(*(spec(str(i)) for i in range(6))), kit.session()
+    monkeypatch.setattr(claims_module, "MOST_OPEN", 4)
+    claims = Claims(kit.db, LANE, lambda: session)
+    bundle = claims.next(3)
+    assert (len(bundle), claims.next(3)) == (3, [])
+    claims.forget(bundle[:2])
+    assert len(claims.next(3)) == 3
+    assert kit.states(batch) == {"running": 6}
 
 
 def test_the_heart_beats_passes_wishes_on_and_opens_anew_when_lost(kit: Kit) -> None:
