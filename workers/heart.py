@@ -39,12 +39,14 @@ class Heart:
         on_cancel: Callable[[set[JobRef]], None],
         on_lost: Callable[[], None],
         tend: Callable[[], None] = lambda: None,
+        watch: Callable[[], None] = lambda: None,
     ) -> None:
         self._db, self._lane, self._ttl = db, lane, ttl_s
         self._device, self._memory, self._info = device, memory, info
         self._known_info: dict[str, Any] = {}
         self._told, self._on_cancel, self._on_lost = told, on_cancel, on_lost
-        self._tend = tend
+        self._tend, self._watch = tend, watch
+        self._rests = False  # as the last beat told
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
         self._trouble = ""
@@ -87,9 +89,12 @@ class Heart:
         while not self._stop.wait(every):
             since += 1
             told = self._told()
+            rests = told.state == "resting"
             try:
-                if since >= beat_every:
+                self._watch()
+                if since >= beat_every or rests != self._rests:  # others may take its work
                     self._beat(told)
+                    self._rests = rests
                     self._tend()
                     since = 0  # only now: a beat that failed is tried again at once
                 if told.state != "idle":

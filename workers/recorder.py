@@ -20,9 +20,10 @@ from farm.store.db import Database
 from farm.store.ids import JobRef
 from farm.store.jobs import Claim, Picture
 from farm.verdict import give_back, settle_failure
+from workers.breaker import Breaker
 
 log = logging.getLogger(__name__)
-GROUP = 512  # so many records are written at once ...
+GROUP = 512  # so many ends are written at once ...
 WAIT_S = 0.25  # ... or what there is after so long
 MAX_BACKOFF_S = 5.0
 
@@ -39,7 +40,7 @@ class _Group:
         return [claim for claim, _ in (*self.pictures, *self.failures, *self.back)]
 
     def claims(self) -> list[Claim]:
-        return [*self.started, *self.progress, *self.ended()]
+        return [*self.begun(), *self.progress, *self.ended()]
 
     def begun(self) -> list[Claim]:
         """Those whose start is to be noted: the record of a picture notes its own."""
@@ -58,7 +59,7 @@ class Recorder:
 
     `settled` is called with the claims whose end is recorded, or whose claim was lost; `lost` with
     each picture of a lost claim. `outstanding` tells how many claims have not ended: when the last
-    of them does, it is written at once.
+    of them does, it is written at once. `breaker` hears of every picture and every failure.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class Recorder:
         lost: Callable[[Claim, Picture], None],
         settled: Callable[[list[Claim]], None] = lambda claims: None,
         outstanding: Callable[[], int] = lambda: GROUP,
+        breaker: Breaker | None = None,
     ) -> None:
         self._db, self._settings, self._lost, self._settled = db, settings, lost, settled
-        self._outstanding = outstanding
+        self._outstanding, self._breaker = outstanding, breaker or Breaker()
         self._changed = threading.Condition()
         self._group = _Group()
         self._closing = False
@@ -84,9 +86,12 @@ class Recorder:
         self._add(lambda group: group.progress.update(dict.fromkeys(claims, fraction)))
 
     def pictures(self, stored: list[tuple[Claim, Picture]]) -> None:
+        if stored:
+            self._breaker.succeeded()
         self._add(lambda group: group.pictures.extend(stored))
 
     def failure(self, claim: Claim, error: FarmError) -> None:
+        self._breaker.failed(claim.ref, error)
         self._add(lambda group: group.failures.append((claim, error)))
 
     def back(self, claim: Claim, why: str) -> None:
@@ -120,7 +125,7 @@ class Recorder:
     def _full(self) -> bool:
         ended = self._group.ends()
         last = ended > 0 and ended >= self._outstanding()
-        return last or len(self._group) >= GROUP or self._closing
+        return last or ended >= GROUP or self._closing
 
     def _write(self, group: _Group) -> None:
         try:

@@ -17,12 +17,13 @@ from farm.blobs import BlobStore
 from farm.broker import Broker
 from farm.catalog import Lane
 from farm.config import Settings
-from farm.errors import EngineCrashed, EngineFault, JobCancelled
+from farm.errors import FarmError, JobCancelled
 from farm.pictures import Origin
 from farm.store.db import Database
 from farm.store.ids import JobRef
 from farm.store.jobs import Claim, Picture
 from farm.store.sessions import Beat
+from workers.breaker import Breaker
 from workers.child import Child
 from workers.claims import Claims
 from workers.engine import EngineConfig, EngineInfo
@@ -42,13 +43,16 @@ from workers.messages import (
     TooLarge,
 )
 from workers.recorder import Recorder
+from workers.recovery import Recovery, as_fault
 from workers.reuse import Reuse
 from workers.spool import Spool
+from workers.stall import Stall
 
 log = logging.getLogger(__name__)
-MOST_CRASHES = 3  # of the engine in a row, without a picture between
 HARD_STOP_S = 8.0  # after the grace: whatever hangs, the process ends
+STALL_S = 60.0  # beyond the engine's own limits, that a bundle under way may give no sign
 SHUTDOWN = "its worker was shut down"
+RESTS = "its worker rests, since job after job failed there"
 
 
 class Runner:
@@ -77,7 +81,9 @@ class Runner:
         self._bundle_lock = threading.Lock()
         self._bundle: list[Claim] = []  # under way in the child
         self._unwanted: set[JobRef] = set()  # cancelled while claimed
-        self._rendered, self._crashes = 0, 0
+        self._breaker = Breaker()
+        self._stall = Stall(child.longest_silence_s + STALL_S)
+        self._rendered = 0
         self._speed: float | None = None  # seconds a picture
 
     def start(self) -> EngineInfo:
@@ -85,7 +91,22 @@ class Runner:
         info = self._lessons.load(self._child)
         origin = Origin(self.lane.engine, info.weights_sha256, info.loras)
         self._recorder = Recorder(
-            self._db, self._settings, self._drop, self._claims.forget, self._claims.count
+            self._db,
+            self._settings,
+            self._drop,
+            self._claims.forget,
+            self._claims.count,
+            self._breaker,
+        )
+        self._recovery = Recovery(
+            self._db,
+            self._settings,
+            self.lane,
+            origin,
+            self._child,
+            self._breaker,
+            self._stopping,
+            self._give_up,
         )
         told = self._settings
         self._spool = Spool(told.spool_path, self.lane, told.spool_max)
@@ -103,6 +124,7 @@ class Runner:
             on_cancel=self._cancel,
             on_lost=self._abandon,
             tend=self._tend,
+            watch=self._watch,
         )
         self._heart.start()
         gc.collect()
@@ -122,9 +144,14 @@ class Runner:
 
     def work(self) -> None:
         """Render bundles until the lane is empty or the worker stops."""
-        bundle = self._next_bundle()
-        while bundle and not self._stopping.is_set():
-            bundle = self._render(bundle)
+        bundle: list[Claim] = []
+        while not self._stopping.is_set():
+            self._recovery.until_well()
+            bundle = self._next_bundle()
+            while bundle and not self._stopping.is_set():
+                bundle = self._render(bundle)
+            if not self._breaker.is_open:
+                break
         self._give_back(bundle, SHUTDOWN)
 
     def _next_bundle(self) -> list[Claim]:
@@ -132,7 +159,7 @@ class Runner:
         most = self._settings.bundle_max
         while not self._stopping.is_set():
             size = dispatch.bundle_size(self._speed, self._settings.bundle_seconds, most)
-            size = min(max(size, self._lessons.cap), most)
+            size = 1 if self._breaker.is_half_open else min(max(size, self._lessons.cap), most)
             bundle = self._claims.next(self._reuse.size(size))
             left = self._keeper.adopt(self._reuse.link(bundle))
             self._give_back(left[size:], "its worker had taken more than it renders at once")
@@ -155,22 +182,31 @@ class Runner:
         upcoming: Future[list[Claim]] | None = None
         self._enter(bundle)
         try:
+            self._stall.sign()
             for event in self._child.render([claim.spec for claim in bundle], files):
+                self._stall.sign()
                 self._take(event, bundle, open_ids, started)
                 if upcoming is None and len(started) == len(bundle):
                     upcoming = self._prefetch.submit(self._claim_and_ring)
         except Exception as error:
             left = [(bundle[i], i in started) for i in sorted(open_ids)]
-            self._engine_died(_as_fault(error), left)
+            self._engine_died(as_fault(error), left)
             open_ids.clear()
         finally:
+            self._stall.pause()
             self._give_back([bundle[i] for i in sorted(open_ids)], "its render ended unsaid")
             self._enter([])
-        following = upcoming.result() if upcoming else self._next_bundle()
-        if not self.broken.is_set():
+        if upcoming is None:
+            return [] if self._takes_none else self._next_bundle()
+        following = upcoming.result()
+        if not self._takes_none:
             return following
-        self._give_back(following, "its worker's engine broke")
+        self._give_back(following, "its worker's engine broke" if self.broken.is_set() else RESTS)
         return []
+
+    @property
+    def _takes_none(self) -> bool:
+        return self.broken.is_set() or self._breaker.is_open
 
     def _wanted(self, bundle: list[Claim]) -> list[Claim]:
         """The bundle without what was cancelled, or whose session was lost, meanwhile."""
@@ -202,23 +238,26 @@ class Runner:
             case Progress(ids, fraction):
                 self._recorder.progress([bundle[i] for i in ids], fraction)
             case Rendered(id, pixels, seconds, _):
+                self._stall.pause()  # there may be no room for it as long as the store is away
                 self._keeper.keep(bundle[id], pixels, seconds)
+                self._stall.sign()
                 open_ids.discard(id)
                 self._rendered += 1
-                self._crashes = 0
                 self._speed = seconds if self._speed is None else (3 * self._speed + seconds) / 4
             case Failed(id, error):
                 self._recorder.failure(bundle[id], error)
                 open_ids.discard(id)
                 started.add(id)
+                if self._breaker.is_open:
+                    self._child.stop_after_current()
             case GivenBack(id):
-                self._recorder.back(bundle[id], SHUTDOWN)
+                self._recorder.back(bundle[id], SHUTDOWN if self._stopping.is_set() else RESTS)
                 open_ids.discard(id)
                 started.add(id)
             case Cap() | Eased() | TooLarge():
                 self._lessons.take(event)
 
-    def _engine_died(self, error: EngineFault, left: list[tuple[Claim, bool]]) -> None:
+    def _engine_died(self, error: FarmError, left: list[tuple[Claim, bool]]) -> None:
         """What had started is suspect, the rest is free; then a new child takes over."""
         stopping = self._stopping.is_set()
         for claim, started in left:
@@ -229,17 +268,15 @@ class Runner:
         if stopping:
             return
         log.error("%s; starting a new engine", error.message)
-        if not (len(left) == 1 and left[0][0].suspect):  # else the job is to blame
-            self._crashes += 1
-        try:
-            if self._crashes > MOST_CRASHES:
-                raise EngineFault(f"the engine died {self._crashes} times in a row")
-            self._child.start()
-        except Exception as again:
-            if not self._stopping.is_set():
-                log.critical("the worker stops: %s", again)
-                self.broken.set()
-                self._stopping.set()
+        if not any(started for _, started in left):
+            self._breaker.failed(None, error)
+        self._recovery.restart()
+
+    def _give_up(self, error: FarmError) -> None:
+        if not self._stopping.is_set():
+            log.critical("the worker stops: %s", error.message)
+            self.broken.set()
+            self._stopping.set()
 
     def _give_back(self, bundle: list[Claim], why: str) -> None:
         for claim in bundle:
@@ -255,9 +292,11 @@ class Runner:
     def _told(self) -> Beat:
         trouble = self._inputs.trouble or self._keeper.trouble
         state = "waiting" if trouble else "rendering" if self._bundle else "idle"
+        state = "resting" if self._breaker.is_open else state
+        notes = filter(None, (self._breaker.note, trouble))
         return Beat(
             state=state,
-            note=trouble or self._lessons.note,
+            note="; ".join(notes) or self._lessons.note,
             rendered=self._rendered,
             seconds_per_picture=self._speed,
             stored_bytes=self._keeper.stored_bytes,
@@ -268,6 +307,13 @@ class Runner:
         """With each heartbeat: strays go back, and what died beside this worker is found."""
         self._claims.tend()
         self._spool.sweep()
+
+    def _watch(self) -> None:
+        """With each look of the heart: no engine and no render loop hangs behind a beating one."""
+        self._child.end_if_frozen()
+        if self._stall.look():
+            log.critical("no sign of the render loop for longer than its limits")
+            _hard_stop()
 
     def _cancel(self, refs: set[JobRef]) -> None:
         with self._bundle_lock:
@@ -316,11 +362,3 @@ class Runner:
 def _hard_stop() -> None:
     log.critical("something hangs; the worker ends without waiting, its session will expire")
     os._exit(1)
-
-
-def _as_fault(error: Exception) -> EngineFault:
-    """Whatever went wrong in the render loop: the child is replaced and nothing stays held."""
-    if isinstance(error, EngineFault):
-        return error
-    log.error("the render loop stumbled", exc_info=error)
-    return EngineCrashed(f"{type(error).__name__}: {error}")

@@ -48,6 +48,8 @@ class FakeEngine:
             time.sleep(3600)
         if self._mood() == "!load":
             raise ModelNotLoaded("asked not to load")
+        if self._mood() == "!crash":  # as in the first picture that the others render here
+            self._misbehave("!crash", 1)
         weights = hashlib.sha256(self._config.model.encode()).hexdigest()
         versions = {"numpy": version("numpy")}
         interruptible = not self._options.get("uninterruptible")
@@ -58,7 +60,7 @@ class FakeEngine:
         self, jobs: Sequence[JobSpec], watch: Watch, inputs: Inputs = NO_INPUTS
     ) -> Sequence[Pixels | FarmError]:
         self._allocate(sum(job.width * job.height for job in jobs))
-        if mood := self._mood():
+        if (mood := self._mood()) not in ("", "!load"):
             jobs = [job.model_copy(update={"prompt": f"{mood} {job.prompt}"}) for job in jobs]
         for step in range(jobs[0].steps):
             time.sleep(self._options.get("seconds_per_step", 0))

@@ -1,0 +1,155 @@
+"""A worker that fails what it should not: it rests, tests itself, and comes back. And one that does
+not rest, for the jobs are to blame."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from farm.store import sessions
+from farm.store.batches import BatchStatus
+from tests.farm_kit import until
+from tests.runner_kit import LANE, LoneRunner
+from workers import breaker, runner
+
+MODELS = """
+[models.fake-fast]
+licence = "none"
+defaults = {{ width = 64, height = 64, steps = 1 }}
+[models.fake-fast.engines.fake]
+options = {{ mood = "{mood}" }}
+"""
+UNDER_WAY = 5  # pictures that the engine has begun when its worker notices
+FAST = {"max_failures": 3, "retry_delay_s": 0.0, "session_ttl_s": 2.0}
+
+
+@contextmanager
+def worker(tmp_path: Path, **told: Any) -> Iterator[tuple[LoneRunner, Path]]:
+    mood = tmp_path / "mood"
+    models = MODELS.format(mood=mood)
+    with LoneRunner(tmp_path / "home", models=models, **FAST, **told) as lone:
+        yield lone, mood
+
+
+@contextmanager
+def at_work(lone: LoneRunner, batch: BatchStatus) -> Iterator[None]:
+    """The worker works in a thread, as long as the body goes on, and until the batch is done."""
+    thread = threading.Thread(target=lone.work, args=(batch,))
+    thread.start()
+    try:
+        yield
+    except BaseException:
+        lone.runner.stop()
+        raise
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def told(lone: LoneRunner) -> sessions.Worker:
+    (found,) = lone.farm.workers()
+    return found
+
+
+@pytest.mark.parametrize("mood_word", ["!white", "!fail", "!crash", "!oom"])
+def test_a_bad_worker_rests_and_comes_back_when_it_is_well(
+    tmp_path: Path, database_url: str, monkeypatch: pytest.MonkeyPatch, mood_word: str
+) -> None:
+    monkeypatch.setattr(breaker, "REST_S", 0.5)
+    with worker(tmp_path, database_url=database_url) as (lone, mood):
+        lone.work(lone.farm.submit(["well"], model="fake-fast"))
+        mood.write_text(mood_word)
+        batch = lone.farm.submit([f"p{i}" for i in range(30)], model="fake-fast")
+        with at_work(lone, batch):
+            until(lambda: told(lone).state == "resting", 30)
+            until(lambda: "its self-test failed" in told(lone).note, 30)
+            until(
+                lambda: lone.farm.unserved() == {"fake-fast": lone.farm.status(batch.id).open}, 10
+            )
+            with lone.farm.db.read() as connection:
+                assert sessions.live_lanes(connection) == {}
+            mood.unlink()
+        done = lone.farm.status(batch.id).counts
+        failures = sum(job.failures for job in lone.farm.jobs(batch.id))
+        assert 0 < failures <= breaker.MOST_FAILURES + UNDER_WAY
+        lost = failures if mood_word == "!oom" else 0  # no worker has more memory
+        assert (done["succeeded"], done["failed"]) == (30 - lost, lost)
+        until(lambda: told(lone).state == "idle", 10)
+        with lone.farm.db.read() as connection:
+            assert sessions.live_lanes(connection) == {LANE: 1}
+
+
+def test_no_healthy_worker_is_lost_to_a_batch_of_bad_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(breaker, "REST_S", 3600.0)
+    with worker(tmp_path) as (lone, _):
+        bad = lone.farm.submit([f"!fail {i}" for i in range(20)], model="fake-fast")
+        good = lone.farm.submit([f"p{i}" for i in range(20)], model="fake-fast", priority=-1)
+        lone.work(good)
+        lone.work(bad)
+        assert lone.farm.status(bad.id).counts["failed"] == 20
+        assert lone.farm.status(good.id).counts["succeeded"] == 20
+        until(lambda: told(lone).state == "idle" and not told(lone).note, 10)
+        assert {job.failures for job in lone.farm.jobs(bad.id)} == {FAST["max_failures"]}
+
+
+def test_a_model_that_does_not_load_now_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(breaker, "REST_S", 0.2)
+    with worker(tmp_path) as (lone, mood):
+        batch = lone.farm.submit(["!crash", "p1", "p2"], model="fake-fast")
+        mood.write_text("!load")
+        with at_work(lone, batch):
+            until(lambda: "asked not to load" in told(lone).note, 30)
+            assert told(lone).state == "resting"
+            mood.unlink()
+        done = lone.farm.status(batch.id).counts
+        assert (done["succeeded"], done["failed"]) == (2, 1)
+        assert not lone.runner.broken.is_set()
+
+
+def test_a_model_whose_files_were_changed_ends_the_worker(tmp_path: Path) -> None:
+    with worker(tmp_path) as (lone, _):
+        lone.runner._child._files = ("another hash", {})
+        batch = lone.farm.submit(["!crash", "p1", "p2"], model="fake-fast")
+        lone.runner.work()
+        assert lone.runner.broken.is_set()
+        until(lambda: lone.farm.status(batch.id).counts["queued"] == 3, 10)
+
+
+def test_a_stop_ends_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(breaker, "REST_S", 3600.0)
+    with worker(tmp_path) as (lone, mood):
+        mood.write_text("!white")
+        lone.farm.submit([f"p{i}" for i in range(30)], model="fake-fast")
+        thread = threading.Thread(target=lone.runner.work)
+        thread.start()
+        until(lambda: told(lone).state == "resting", 30)
+        lone.runner.stop()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_a_worker_whose_render_loop_hangs_ends_hard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(runner, "_hard_stop", ended.set)
+    with worker(tmp_path) as (lone, _):
+        lone.runner._stall._limit_s = 0.5
+        gate = threading.Event()
+
+        def hangs(*_: object) -> None:
+            gate.wait(30)
+
+        monkeypatch.setattr(lone.runner._recorder, "started", hangs)
+        batch = lone.farm.submit(["p"], model="fake-fast")
+        with at_work(lone, batch):
+            assert ended.wait(20)
+            gate.set()
