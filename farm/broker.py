@@ -11,6 +11,7 @@ import json
 import logging
 import ssl
 from typing import Any
+from urllib.parse import urlsplit
 
 import kombu.exceptions
 import redis.exceptions
@@ -20,7 +21,7 @@ from kombu.transport.redis import Channel, Transport
 
 from farm.catalog import Lane
 from farm.config import redact
-from farm.errors import BrokerUnavailable
+from farm.errors import BrokerUnavailable, InvalidConfig
 
 log = logging.getLogger(__name__)
 TASK = "farm.render"
@@ -52,7 +53,7 @@ class RedisTransport(Transport):  # type: ignore[misc]
 
     def _deliver(self, message: Any, queue: str) -> None:
         if _is_token(message, queue):
-            super()._deliver(message, queue)
+            super()._deliver(_bare(message, queue), queue)
         else:
             log.warning("a message on %s that no farm sends is dropped", queue)
 
@@ -77,6 +78,7 @@ def _is_token(message: Any, queue: str) -> bool:
             and Lane(**lane).queue == queue
             and not any(embedded.values())
             and headers["task"] == TASK
+            and isinstance(headers["id"], str)
             and properties["body_encoding"] == "base64"
             and isinstance(properties["delivery_tag"], str)
             and isinstance(properties["delivery_info"], dict)
@@ -85,6 +87,18 @@ def _is_token(message: Any, queue: str) -> bool:
         )
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
         return False
+
+
+def _bare(message: Any, queue: str) -> dict[str, Any]:
+    """The token without all that Celery would read in it: one thing of a wrong kind there, such as
+    a priority, made the consumer connect anew and read the same message again, for ever."""
+    properties = {
+        "delivery_tag": message["properties"]["delivery_tag"],
+        "delivery_info": {"exchange": "", "routing_key": queue},
+        "body_encoding": "base64",
+    }
+    headers = {"lang": "py", "task": TASK, "id": message["headers"]["id"], "ignore_result": True}
+    return {**message, "headers": headers, "properties": properties}
 
 
 def make_app(url: str) -> Celery:
@@ -118,6 +132,7 @@ class Broker:
 
     def __init__(self, url: str) -> None:
         self.shown = redact(url)
+        _refuse_unquoted(url)
         self.app = make_app(url)
 
     def publish(self, lane: Lane, tokens: int) -> None:
@@ -170,6 +185,17 @@ class Broker:
 
     def close(self) -> None:
         self.app.close()
+
+
+def _refuse_unquoted(url: str) -> None:
+    """Raises InvalidConfig where kombu's own error would tell the password."""
+    try:
+        _ = urlsplit(url).port
+    except ValueError:
+        raise InvalidConfig(
+            "broker_url is no URL; write redis://:PASSWORD@HOST:6379/0, a password with / or @ in "
+            "it percent-encoded"
+        ) from None
 
 
 def _redis(connection: Any) -> Any:

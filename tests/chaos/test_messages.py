@@ -9,10 +9,11 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import pytest
 import redis
 from celery import Celery
 
-from farm.broker import TASK, _is_token
+from farm.broker import TASK, _bare, _is_token
 from farm.catalog import Lane
 from tests.farm_kit import FarmKit
 from tests.servers import RedisServer
@@ -79,6 +80,7 @@ FOREIGN: dict[str, bytes] = {
             "a pickle that says JSON": _message(body=PICKLED),
             "a type that is none": _message(**{"content-type": 5}),
             "headers that are none": _message(headers=[1]),
+            "a token without an id": _message(body=_body(FAKE), headers={"task": TASK}),
             "an unknown compression": _message(
                 headers={"task": TASK, "id": "3", "compression": "none such"}
             ),
@@ -89,6 +91,22 @@ FOREIGN: dict[str, bytes] = {
 }
 
 
+ODD: dict[str, Any] = {
+    "headers": _message(
+        body=_body(FAKE), headers={"task": TASK, "id": "4", "timelimit": 5, "stamps": 7}
+    ),
+    "properties": _message(
+        body=_body(FAKE),
+        properties={
+            "delivery_tag": "b",
+            "body_encoding": "base64",
+            "delivery_info": {},
+            "priority": "x",
+        },
+    ),
+}
+
+
 def test_foreign_messages_neither_stop_nor_end_a_worker(
     tmp_path: Path, redis_server: RedisServer, redis_url: str
 ) -> None:
@@ -96,7 +114,8 @@ def test_foreign_messages_neither_stop_nor_end_a_worker(
         kit.dispatcher()  # it rings again: what is dropped was counted as a token
         worker = kit.worker()
         with redis.Redis.from_url(redis_server.client_url) as client:
-            for name, foreign in FOREIGN.items():
+            odd = {f"odd {name}": json.dumps(token).encode() for name, token in ODD.items()}
+            for name, foreign in {**FOREIGN, **odd}.items():
                 client.lpush(f"farm:{LANE.queue}", foreign)
                 batch = kit.farm.submit([f"after {name}"], model="fake-one")
                 status = kit.farm.wait(batch.id, 20)
@@ -114,6 +133,16 @@ def test_a_token_of_ours_is_told_from_them() -> None:
         except (ValueError, RecursionError):
             continue
         assert not _is_token(message, LANE.queue), name
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_what_is_odd_in_a_token_is_not_read(what: str) -> None:
+    plain = _bare(_message(body=_body(FAKE)), LANE.queue)
+    assert _is_token(ODD[what], LANE.queue)
+    found = _bare(ODD[what], LANE.queue)
+    found["headers"]["id"] = plain["headers"]["id"]
+    found["properties"]["delivery_tag"] = plain["properties"]["delivery_tag"]
+    assert found == plain
 
 
 def test_nobody_commands_a_worker_through_redis(

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
@@ -57,7 +57,8 @@ def main() -> int:
             cases = 1 if args.case is not None else cases
             if cases:
                 work.append(Orders(part, args.seed, first, cases, Path(home) / part))
-        for report in pool.map(run_apart, work):
+        for done in as_completed([pool.submit(run_apart, orders) for orders in work]):
+            report = done.result()
             print(report.text(), flush=True)
             reports.append(report)
     findings = [finding for report in reports for finding in report.findings]

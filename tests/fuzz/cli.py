@@ -20,6 +20,7 @@ from typing import Any
 
 from typer.main import get_command
 
+from farm import parquet_rows
 from farm.catalog import Lane
 from farm.cli import app, main
 from farm.cli.context import use
@@ -52,6 +53,7 @@ def opened(data: Path, guard: Guard) -> Iterator[Judge]:
     (data / "picture.png").write_bytes(picture())
     (data / "prompts.txt").write_text("a\nb\n")
     known = _prepared(home)
+    guard.may_run.add(parquet_rows.__file__)
     commands = list(_leaves(get_command(app)))
     stdin, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(b"a prompt\n"))
     (data / "here").mkdir()
@@ -152,6 +154,7 @@ def _call(argv: list[str], waits: bool) -> tuple[int, str, str]:
     """Run it; to one that may wait a Ctrl-C comes after a moment."""
     out, err = io.StringIO(), io.StringIO()
     before = signal.getsignal(signal.SIGALRM)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and the like ignore it
     if waits:
         signal.signal(signal.SIGALRM, _interrupt)
         signal.setitimer(signal.ITIMER_REAL, PATIENCE_S, SLOW_S - PATIENCE_S)

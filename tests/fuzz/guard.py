@@ -32,7 +32,7 @@ class Guard:
         self._person, self._temp = self.home / "person", self.home / "temp"
         self._bad: list[str] = []
         self._on = False
-        self.may_run = False
+        self.may_run: set[str] = set()  # the only programs that may be started
 
     def enter(self) -> None:
         """This process's directories are the run's from now on."""
@@ -78,7 +78,7 @@ class Guard:
         elif event in _PATHS:
             for path in args[: _PATHS[event]]:
                 self._check(event, path)
-        elif event in _RUNS and not self.may_run:
+        elif event in _RUNS and not (event == "subprocess.Popen" and self.may_run & set(args[1])):
             self._bad.append(f"{event} {args!r}"[:300])
 
     def _check(self, event: str, given: Any) -> None:

@@ -16,6 +16,7 @@ from random import Random
 from typing import Any
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
+from farm import parquet_rows
 from farm.config import Settings
 from farm.http.app import make_app
 from farm.service import Farm
@@ -83,6 +84,7 @@ class Answer:
 @contextlib.contextmanager
 def opened(data: Path, guard: Guard) -> Iterator[Judge]:
     (data / "models.toml").write_text(FAKES)
+    guard.may_run.add(parquet_rows.__file__)
     settings = Settings(  # a rate would hide the rest
         home=data, models_file=data / "models.toml", http_max_body=2**22, http_rate=0
     )
@@ -192,8 +194,10 @@ def _body(rng: Random, path: str) -> tuple[str, bytes]:
             )
         body = words.encoded(rng, text)
         return kind, words.broken(rng, body) if rng.randrange(6) == 0 else body
-    form = rng.choice(prompts.FORMATS)
+    form = rng.choice(prompts.FORMATS if rng.randrange(8) == 0 else prompts.TEXTS)
     content = prompts.hostile(rng, form)
+    if "parquet" in kind and form != "parquet" and rng.randrange(4):
+        kind = "text/csv"
     if kind.startswith("multipart"):
         return kind, _multipart(rng, form, content)
     return kind, content

@@ -54,8 +54,8 @@ def test_what_is_planted_is_found(act: str, told: str, tmp_path: Path) -> None:
     module.write_text(PLANTED.format(act=act.replace("ELSEWHERE", str(tmp_path))))
     code = (
         "import sys, tests.fuzz, tests.fuzz.__main__ as m; "
-        "tests.fuzz.__path__.append(sys.argv[1]); m.PARTS['planted'] = (1, 1); "
-        "m._APART = 'import tests.fuzz; tests.fuzz.__path__.append(%r); ' % sys.argv[1] + m._APART; "
+        "here = sys.argv[1]; tests.fuzz.__path__.append(here); m.PARTS['planted'] = (1, 1); "
+        "m._APART = 'import tests.fuzz; tests.fuzz.__path__.append(%r); ' % here + m._APART; "
         "sys.argv[1:] = ['planted', '--seed', '5']; sys.exit(m.main())"
     )
     argv = [sys.executable, "-c", code, str(module.parent)]
