@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from farm.blobs import BlobStore
 from farm.config import Settings
 from farm.dispatch import ring
-from farm.errors import DatabaseUnavailable, EnvironmentFault
+from farm.errors import DatabaseUnavailable, EnvironmentFault, FarmError, Invalid
 from farm.reconcile import (
     end_stopped,
     mend_counters,
@@ -72,7 +72,7 @@ def run_dispatcher(
 class _Duties:
     """Things to do again and again; each fault is said once, until it is over."""
 
-    def __init__(self, on_fault: Callable[[EnvironmentFault], None] = lambda fault: None) -> None:
+    def __init__(self, on_fault: Callable[[FarmError], None] = lambda fault: None) -> None:
         self._trouble: dict[str, str] = {}  # by duty: what it said last
         self._on_fault = on_fault
 
@@ -80,7 +80,7 @@ class _Duties:
         """Whether it was done."""
         try:
             do()
-        except EnvironmentFault as error:
+        except (EnvironmentFault, Invalid) as error:
             self._on_fault(error)
             if self._trouble.get(duty) != error.code:
                 log.warning("%s; trying again until it is back", error.message)
@@ -151,7 +151,7 @@ class _Dispatcher:
     def _ring(self) -> None:
         ring(self._db, self._broker, None, self._settings.tokens_per_worker)
 
-    def _note_fault(self, fault: EnvironmentFault) -> None:
+    def _note_fault(self, fault: FarmError) -> None:
         if isinstance(fault, DatabaseUnavailable):
             self._lenient_until = time.monotonic() + self._settings.session_ttl_s
 

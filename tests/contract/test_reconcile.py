@@ -19,7 +19,13 @@ from farm.broker import Broker
 from farm.catalog import Lane
 from farm.config import Settings
 from farm.dispatch import claim_bundle
-from farm.errors import BrokerUnavailable, DatabaseUnavailable, OutOfMemory, StorageUnavailable
+from farm.errors import (
+    BrokerUnavailable,
+    DatabaseUnavailable,
+    InvalidConfig,
+    OutOfMemory,
+    StorageUnavailable,
+)
 from farm.pictures import object_key
 from farm.reconcile import Report, mend_all, mend_counters
 from farm.store import audit as store
@@ -285,6 +291,20 @@ def test_upkeep_that_failed_is_due_again(shop: Gallery, monkeypatch: pytest.Monk
     upkeep(shop).look()
     assert set(shop.look().wrong) == {"held"}
     assert shop.states(about["done"]) == {"succeeded": 2}
+
+
+def test_a_blob_store_that_is_not_set_up_is_told_once(
+    shop: Gallery, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unset() -> Any:
+        raise InvalidConfig("there is no such store")
+
+    keeper = dispatcher._Upkeep(shop.db, unset, threading.Event(), lambda: True)
+    for _ in range(3):
+        keeper.look()
+    told = [record.message for record in caplog.records if "no such store" in record.message]
+    assert len(told) == 2, "by each of its two duties"
+    assert not any(record.exc_info for record in caplog.records)
 
 
 def test_the_dispatcher_keeps_the_farm_up_beside_its_ticks(
