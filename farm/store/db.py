@@ -11,6 +11,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from farm.config import redact
 from farm.errors import DatabaseUnavailable, FarmError, InvalidConfig, InvalidParameter
 
 BUSY_TIMEOUT_S = 30
@@ -26,6 +27,11 @@ POSTGRES = {  # a server that fell silent is given up after about 20 s
     "tcp_user_timeout": 20_000,  # milliseconds
 }
 
+_NO_URL = (
+    "database_url is no SQLAlchemy URL; write sqlite:////path/farm.db or "
+    "postgresql+psycopg://user:password@host/name"
+)
+
 
 class Database:
     """Short transactions on one database. Safe to use from several threads.
@@ -36,17 +42,16 @@ class Database:
     def __init__(self, url: str) -> None:
         try:
             parsed = make_url(url)
-        except (ArgumentError, ValueError):  # a port that is no number
-            raise InvalidConfig(
-                "database_url is no SQLAlchemy URL; write sqlite:////path/farm.db or "
-                "postgresql+psycopg://user:password@host/name"
-            ) from None
+        except (ArgumentError, ValueError):  # ValueError: a port that is no number
+            raise InvalidConfig(_NO_URL) from None
         self.dialect = parsed.get_backend_name()
-        self.shown = parsed.render_as_string(hide_password=True)
+        self.shown = redact(url)
         if self.dialect not in ("sqlite", "postgresql"):
             raise InvalidConfig(f"database {self.dialect!r} is not served: sqlite or postgresql is")
         try:
             self.engine = self._engine(url, parsed.database)
+        except ArgumentError:  # SQLite's, with a host
+            raise InvalidConfig(_NO_URL) from None
         except ModuleNotFoundError as error:
             raise InvalidConfig(
                 f"{self.shown} needs the package {error.name}: pip install 'renderfarm[postgres]'"
