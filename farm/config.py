@@ -1,4 +1,6 @@
-"""Settings: flags > FARM_* environment > farm.toml > defaults.
+"""Settings: flags > FARM_* environment > secret files > farm.toml > defaults.
+
+Secret files: those of the directory FARM_SECRETS_DIR, named as the variable, in small letters.
 
 Nothing needs to be set: without any setting the farm lives in one directory (`home`) with SQLite,
 local pictures and its own Redis or Valkey on a unix socket.
@@ -16,6 +18,7 @@ from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
+    SecretsSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
@@ -139,7 +142,9 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         toml = TomlConfigSettingsSource(settings_cls, config_file())
-        return init_settings, env_settings, toml
+        folder = os.environ.get("FARM_SECRETS_DIR")
+        files = [SecretsSettingsSource(settings_cls, folder)] if folder else []
+        return init_settings, env_settings, *files, toml
 
     @property
     def database(self) -> str:
