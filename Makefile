@@ -36,7 +36,7 @@ $(VENV)/.dev: $(VENV)/.farm
 		$(PIP) install $(QUIET) --editable '.[embedded,diffusers,models,http,client,server,sdcpp,dataset]' --group dev
 	@touch $@
 
-.PHONY: install sdcpp demo test test-unit lint format bench fuzz chaos soak demo-model clean
+.PHONY: install sdcpp demo test test-unit lint check format bench fuzz chaos soak demo-model clean
 install: $(VENV)/.farm ## Install the farm and the diffusers engine into .venv
 
 # Always built anew: pip's cache of wheels does not tell one build from another.
@@ -57,6 +57,15 @@ lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# The audit asks the advisory service of pypi.org about every pinned package; it needs a network.
+AUDIT := pip-audit --requirement constraints.txt --disable-pip --no-deps --strict \
+	--progress-spinner off
+check: lint ## Check style and types, look for secrets in the repository, audit the dependencies
+	$(BIN)/python -m tests.leaked
+	$(PIP) install $(QUIET) --group audit
+	@$(BIN)/$(AUDIT) || { echo "Not passed: a package above has a known fault, or \
+	could not be asked about (is pypi.org reachable from here?)"; exit 1; }
 
 format: $(VENV)/.dev ## Mend style
 	$(BIN)/ruff check --fix
