@@ -185,11 +185,16 @@ def summary(status: BatchStatus) -> str:
 
 def tell_unserved(farm: Farm, models: Sequence[str] | None = None) -> None:
     """Say which models have queued jobs and no worker (of these models only, if given)."""
+    resting = [worker for worker in farm.workers() if worker.state == "resting"]
     for lane, n in sorted(farm.unserved().items()):
         model, _, engine = lane.partition(":")
         if models is None or model in models:
             what = f"{model} on {engine}" if engine else model
             advice = f"start one with `{_start(farm, model, engine)}`"
+            for worker in resting:
+                if worker.model == model and engine in ("", worker.engine):
+                    why = short(worker.note, 200)
+                    advice = f"worker {clean(worker.host)}:{worker.pid} rests, {why}"
             hint(f"no worker serves {what} now, {plural(n, 'job')} waiting: {advice}")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from farm.cli.follow import tell_unserved
 from farm.store import sessions
 from farm.store.batches import BatchStatus
 from tests.farm_kit import until
@@ -123,14 +124,18 @@ def test_a_model_whose_files_were_changed_ends_the_worker(tmp_path: Path) -> Non
         until(lambda: lone.farm.status(batch.id).counts["queued"] == 3, 10)
 
 
-def test_a_stop_ends_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rest_is_told_and_a_stop_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(breaker, "REST_S", 3600.0)
     with worker(tmp_path) as (lone, mood):
         mood.write_text("!white")
         lone.farm.submit([f"p{i}" for i in range(30)], model="fake-fast")
         thread = threading.Thread(target=lone.runner.work)
         thread.start()
-        until(lambda: told(lone).state == "resting", 30)
+        until(lambda: lone.farm.unserved() and "its self-test failed" in told(lone).note, 30)
+        tell_unserved(lone.farm)
+        assert "rests, tests itself in" in " ".join(capsys.readouterr().err.split())
         lone.runner.stop()
         thread.join(10)
         assert not thread.is_alive()
