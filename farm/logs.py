@@ -30,7 +30,9 @@ class Held(Protocol):
     def claim_no(self) -> int: ...
 
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_CONTROL = re.compile(  # and what turns the direction of a text around
+    r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
 _PLAIN = re.compile(r"[\w./:@+-]+", re.ASCII)
 _always: dict[str, Any] = {}
 
@@ -72,7 +74,7 @@ def _time(record: logging.LogRecord) -> str:
 
 
 class TextLines(logging.Formatter):
-    """`TIME LEVEL LOGGER MESSAGE key=value ...`; a traceback follows on lines of its own."""
+    """`TIME LEVEL LOGGER MESSAGE key=value ...`; a traceback follows, indented."""
 
     def format(self, record: logging.LogRecord) -> str:
         told = [_time(record), record.levelname, record.name, escaped(record.getMessage())]
@@ -80,7 +82,8 @@ class TextLines(logging.Formatter):
             text = str(value)
             told.append(f"{key}={text if _PLAIN.fullmatch(text) else json.dumps(text)}")
         if record.exc_info:
-            told[-1] += "\n" + self.formatException(record.exc_info)
+            lines = self.formatException(record.exc_info).splitlines()
+            told[-1] += "".join(f"\n  {escaped(line)}" for line in lines)
         return " ".join(told)
 
 

@@ -61,7 +61,10 @@ def log_service(conf: Settings, role: str) -> None:
 
 class _LogLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return f"{record.levelname.lower()}: {super().format(record)}"
+        from farm.logs import escaped
+
+        lines = super().format(record).splitlines()
+        return f"{record.levelname.lower()}: " + "\n  ".join(map(escaped, lines))
 
 
 def settings() -> Settings:

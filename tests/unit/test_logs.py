@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from farm import logs
+from farm.cli.context import _LogLine
 from farm.spec import JobSpec
 from farm.store.ids import JobRef
 from farm.store.jobs import Claim
@@ -57,6 +58,19 @@ def test_what_is_told_ends_no_line(form: str, capsys: pytest.CaptureFixture[str]
     assert line.endswith("\n")
     assert line.count("\n") == 1
     assert not set("\r\x1b\u2028\x9b") & set(line)
+
+
+def test_a_traceback_forges_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        raise ValueError("odd\n2026-11-21T00:00:00.000Z INFO forged\x1b[2J\u202e")
+    except ValueError:
+        text = _line("text", capsys, "a prompt", exc_info=sys.exc_info())
+        record = logging.LogRecord("x", 40, "x", 1, "a\nerror: b\x1b", None, sys.exc_info())
+    for told in (text, _LogLine().format(record)):
+        first, *more = told.rstrip("\n").split("\n")
+        assert more
+        assert all(line.startswith("  ") for line in more)
+        assert not set("\x1b\u202e") & set(told)
 
 
 def test_a_traceback_stands_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
