@@ -67,7 +67,7 @@ def test_a_traceback_forges_no_line(capsys: pytest.CaptureFixture[str]) -> None:
         text = _line("text", capsys, "a prompt", exc_info=sys.exc_info())
         record = logging.LogRecord("x", 40, "x", 1, "a\nerror: b\x1b", None, sys.exc_info())
     for told in (text, _LogLine().format(record)):
-        first, *more = told.rstrip("\n").split("\n")
+        _, *more = told.rstrip("\n").split("\n")
         assert more
         assert all(line.startswith("  ") for line in more)
         assert not set("\x1b\u202e") & set(told)
