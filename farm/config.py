@@ -114,6 +114,9 @@ class Settings(BaseSettings):
     load_timeout_s: float = Field(900.0, gt=0, description="longest a model may take to load")
     step_timeout_s: float = Field(300.0, gt=0, description="longest a step of a render may take")
     decode_timeout_s: float = Field(900.0, gt=0, description="longest decoding of a micro-batch")
+    upload_timeout_s: float = Field(
+        300.0, gt=0, description="longest upload; a worker with a longer one claims no more jobs"
+    )
     shutdown_grace_s: float = Field(30.0, ge=0, description="time to finish pictures at shutdown")
     http_max_body: int = Field(
         2**30, gt=0, description="bytes of the largest prompt file that the HTTP API takes"

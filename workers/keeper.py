@@ -37,9 +37,16 @@ TOGETHER = 16  # pictures that a thread takes at once, when many wait
 class Keeper:
     """Takes finished pixels; each ends as a record: a picture, or a failure."""
 
-    def __init__(self, blobs: BlobStore, origin: Origin, recorder: Recorder, spool: Spool) -> None:
+    def __init__(
+        self,
+        blobs: BlobStore,
+        origin: Origin,
+        recorder: Recorder,
+        spool: Spool,
+        upload_timeout_s: float = 300.0,
+    ) -> None:
         self._blobs, self._origin, self._recorder = blobs, origin, recorder
-        self._spool = spool
+        self._spool, self._upload_timeout_s = spool, upload_timeout_s
         self._fingerprints = Fingerprints(origin.engine, origin.weights_sha256, origin.loras)
         self._lock = threading.Lock()
         self._ready = threading.Condition(self._lock)  # for the threads: there is something to do
@@ -61,7 +68,22 @@ class Keeper:
     @property
     def trouble(self) -> str:
         """Why finished pictures are held just now, else nothing."""
-        return str(self._outage) if self._held or self._in_memory else ""
+        return self.hangs or (str(self._outage) if self._held or self._in_memory else "")
+
+    @property
+    def hangs(self) -> str:
+        """Why no more should be claimed: an upload takes longer than it may; else nothing.
+
+        It cannot be ended from here, and its picture is not given up.
+        """
+        now = time.monotonic()
+        took = max((now - since for h in self._hands if (since := h.putting_since)), default=0.0)
+        if took <= self._upload_timeout_s:
+            return ""
+        return (
+            f"an upload has taken {took:.0f} s, and upload_timeout_s allows "
+            f"{self._upload_timeout_s:g}; no more is claimed until it ends"
+        )
 
     @property
     def spooled(self) -> int:

@@ -111,7 +111,9 @@ class Runner:
         told = self._settings
         self._spool = Spool(told.spool_path, self.lane, told.spool_max)
         self._spool.sweep()
-        self._keeper = Keeper(self._blobs, origin, self._recorder, self._spool)
+        self._keeper = Keeper(
+            self._blobs, origin, self._recorder, self._spool, told.upload_timeout_s
+        )
         self._reuse = Reuse(self._db, origin, self._claims.forget)
         self._heart = Heart(
             self._db,
@@ -157,6 +159,8 @@ class Runner:
     def _next_bundle(self) -> list[Claim]:
         """The next jobs to render; those whose pictures are there are linked on the way."""
         most = self._settings.bundle_max
+        while self._keeper.hangs and not self._stopping.wait(1.0):
+            pass
         while not self._stopping.is_set():
             size = dispatch.bundle_size(self._speed, self._settings.bundle_seconds, most)
             size = 1 if self._breaker.is_half_open else min(max(size, self._lessons.cap), most)

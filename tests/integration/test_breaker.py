@@ -141,6 +141,32 @@ def test_a_rest_is_told_and_a_stop_ends_it(
         assert not thread.is_alive()
 
 
+def test_a_worker_whose_upload_hangs_claims_no_more_and_goes_on_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, first = threading.Event(), threading.Lock()
+    with worker(tmp_path, upload_timeout_s=0.3) as (lone, _):
+        put = lone.farm.blobs.put
+
+        def hangs_once(*args: Any) -> None:
+            if first.acquire(blocking=False):
+                assert gate.wait(30)
+            put(*args)
+
+        monkeypatch.setattr(lone.farm.blobs, "put", hangs_once)
+        lone.runner.work()
+        one = lone.farm.submit(["p"], model="fake-fast")
+        lone.runner.work()
+        until(lambda: "an upload has taken" in told(lone).note, 20)
+        assert told(lone).state == "waiting"
+        more = lone.farm.submit([f"p{i}" for i in range(5)], model="fake-fast")
+        with at_work(lone, more):
+            until(lambda: "no more is claimed" in told(lone).note, 10)
+            assert lone.farm.status(more.id).counts["queued"] == 5
+            gate.set()
+        until(lambda: lone.farm.status(one.id).counts["succeeded"] == 1, 10)
+
+
 def test_a_worker_whose_render_loop_hangs_ends_hard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -205,6 +205,18 @@ def test_pictures_are_spooled_while_the_store_hangs(
     soon(lambda: bench.states(claims[0]) == {"succeeded": 40})
 
 
+def test_an_upload_that_takes_too_long_is_told(bench: Bench) -> None:
+    keeper, claims = bench.keeper(), bench.claims(1)
+    keeper._upload_timeout_s = 0.2
+    bench.store.answers.clear()
+    keep_all(keeper, claims)[0].join(10)
+    soon(lambda: "and upload_timeout_s allows 0.2; no more is claimed" in keeper.trouble)
+    assert keeper.hangs
+    bench.store.answers.set()
+    soon(lambda: bench.states(claims[0]) == {"succeeded": 1})
+    soon(lambda: keeper.trouble == "")
+
+
 def test_a_worker_that_ends_leaves_its_pictures_to_the_next_claim(bench: Bench) -> None:
     keeper, claims = bench.keeper(), bench.claims(3)
     bench.store.there.clear()
