@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
@@ -258,8 +259,8 @@ def lock(connection: Connection, held: Sequence[Claim]) -> None:
         return
     mine = rows(connection, _FENCE, [_fence(claim) for claim in held])
     guarded = select(jobs.c.idx).where(*_same(_FENCE, mine))
-    guarded = guarded.order_by(jobs.c.batch_id, jobs.c.idx).with_for_update(of=jobs)
-    connection.execute(guarded).all()
+    locked = guarded.order_by(jobs.c.batch_id, jobs.c.idx).with_for_update(of=jobs).subquery()
+    connection.execute(select(func.count()).select_from(locked))  # one row to fetch
     for pool in sorted({_pool_of(claim) for claim in held}):
         connection.execute(select(counts.c.model).where(counter_of(pool)).with_for_update()).all()
     for batch_id in sorted({claim.ref.batch_id for claim in held}):
@@ -269,10 +270,11 @@ def lock(connection: Connection, held: Sequence[Claim]) -> None:
 
 _PLACE = (jobs.c.batch_id, jobs.c.idx, jobs.c.state)
 _FENCE = (*_PLACE, jobs.c.session_id, jobs.c.claim_no)
+_RUNNING = RUNNING.value
 
 
 def _fence(held: Claim) -> tuple[Any, ...]:
-    return *held.ref, RUNNING.value, held.session_id, held.claim_no
+    return *held.ref, _RUNNING, held.session_id, held.claim_no
 
 
 def _same(columns: Iterable[Column[Any]], given: FromClause) -> list[ColumnElement[bool]]:
@@ -340,6 +342,7 @@ def record_progress(connection: Connection, progress: Iterable[tuple[Claim, floa
 
 
 _PICTURE = tuple(jobs.c[field.name] for field in fields(Picture))
+_values_of = attrgetter(*(field.name for field in fields(Picture)))
 
 
 def succeed(connection: Connection, done: Sequence[tuple[Claim, Picture]]) -> set[JobRef]:
@@ -360,7 +363,7 @@ def succeed(connection: Connection, done: Sequence[tuple[Claim, Picture]]) -> se
     tally, moved = _Tally(), set[JobRef]()
     for pool, some in pools.items():
         claims = [held for held, _ in some]
-        own = [[getattr(picture, c.name) for c in _PICTURE] for _, picture in some]
+        own = [_values_of(picture) for _, picture in some]
         changed = _guarded_many(connection, claims, values, _PICTURE, own)
         tally.move(pool, RUNNING, SUCCEEDED, changed)
         if changed == len(some):
