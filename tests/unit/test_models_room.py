@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import tomllib
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, get_args
 
+import pycurl
 import pytest
 
 from farm.catalog import LORA, Family, Lane, Weights
@@ -20,8 +22,8 @@ from farm.models.families import family_defaults, family_of
 from farm.models.guard import Hosts, is_public, origin, shown
 from farm.models.listing import Listing, Remote, checked, wanted
 from farm.models.lock import Locked, LockedFile, put_accepted, put_files, read_lock, safe_name
-from farm.models.part import Part
-from farm.models.transfer import curl_module
+from farm.models.part import Flow, Part
+from farm.models.transfer import Client, _Answer, curl_module
 
 SDXL = """
 README.md .gitattributes model_index.json sd_xl_base_1.0.safetensors
@@ -214,6 +216,24 @@ def test_where_a_redirect_may_lead() -> None:
     ):
         with pytest.raises(UntrustedModel):
             hosts.check(bad, before="https://hub.lan/y")  # fmt: skip
+
+
+def test_what_a_name_leads_to_is_looked_at_as_it_is_opened() -> None:
+    """A name of a stranger may lead to one address when it is looked up and to another after."""
+    client = Client(Hosts(["https://hub.lan"]), Flow(), hub_url="https://hub.lan")
+    way = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    for url, address, opens in (
+        ("https://cdn.example.org/x", "8.8.8.8", True),
+        ("https://cdn.example.org/x", "127.0.0.1", False),
+        ("https://cdn.example.org/x", "169.254.169.254", False),
+        ("https://cdn.example.org/x", "::1", False),
+        ("https://hub.lan/x", "10.0.0.9", True),
+    ):
+        answer = _Answer()
+        place = client._opener(url, answer)(0, (*way, (address, 443)))
+        assert (place != pycurl.SOCKET_BAD, answer.refused) == (opens, not opens)
+        for opened in answer.sockets:
+            opened.close()
 
 
 def test_a_shown_url_holds_no_secret() -> None:
