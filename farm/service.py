@@ -258,7 +258,7 @@ class Farm:
         try:
             dispatch.ring(self.db, self.broker, None, self.settings.tokens_per_worker)
         except Exception as error:
-            log.warning("%s; the jobs are queued and start when it is back", error)
+            log.warning("%s; the jobs are queued and idle workers find them in seconds", error)
 
     # ---- look
 
