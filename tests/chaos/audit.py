@@ -59,7 +59,7 @@ def audit(farm: Farm, batches: Iterable[str], witnessed: dict[str, Job], lane: L
     _mend(told, farm)
     looked = audit_farm(farm.db, farm.blobs, ids)
     told.wrong += [finding.text for finding in looked.findings]
-    if looked.objects != len(keys):
+    if looked.objects > len(keys):  # a store that was killed may list fewer than it has
         told.wrong.append(f"{looked.objects} objects are left for {len(keys)} records")
     return told
 
