@@ -179,33 +179,42 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _table_rows(lines: Iterator[Line], delimiter: str, columns: Mapping[str, str]) -> Iterator[Row]:
     """CSV (RFC 4180) or TSV with a header of names; empty cells count as not given."""
     bad: list[RowError] = []
-
-    def texts() -> Iterator[str]:
-        for _, text in lines:  # a bad line stays as an empty one, so that the count holds
-            if isinstance(text, RowError):
-                bad.append(text)
-            yield "\n" if isinstance(text, RowError) else text + "\n"
-
-    reader = csv.reader(texts(), delimiter=delimiter, strict=True)
+    reader = csv.reader(_without(bad, lines), delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
         line = reader.line_num + 1
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            yield line, row_error(line, "line", str(error), "a CSV row")
-            continue
-        yield from ((error.line, error) for error in bad)
-        bad.clear()
-        if cells is None:
+        cells = _cells(reader)
+        if bad:  # a row of several lines of which one is bad is not what was in
+            yield from ((error.line, error) for error in bad)
+            bad.clear()
+        elif cells is None:
             return
-        if cells and header:
+        elif isinstance(cells, str):
+            yield line, row_error(line, "line", cells, "a CSV row")
+        elif cells and header:
             yield line, _table_row(line, header, cells, columns)
         elif cells:
             header = [name.strip() for name in cells]
             if problem := _header_problem(header, columns):
                 yield line, row_error(line, "header", ", ".join(header)[:60], problem)
                 return
+
+
+def _without(bad: list[RowError], lines: Iterator[Line]) -> Iterator[str]:
+    """The lines, of the bad ones empty ones, so that the count holds; the bad ones go to `bad`."""
+    for _, text in lines:
+        if isinstance(text, RowError):
+            bad.append(text)
+        yield "\n" if isinstance(text, RowError) else text + "\n"
+
+
+def _cells(reader: Any) -> list[str] | str | None:
+    """The next row's; what is wrong with it; None at the end."""
+    try:
+        found: list[str] | None = next(reader, None)
+        return found
+    except csv.Error as error:
+        return str(error)
 
 
 def _table_row(

@@ -131,10 +131,11 @@ def test_a_parquet_bomb_hurts_nobody() -> None:
 
 
 def test_rows_that_nobody_wants_any_more_are_not_read() -> None:
+    before = psutil.Process().children()
     found = read_rows(io.BytesIO(parquet(prompt=["a"] * 5_000)), "parquet")
     assert next(found) == (1, {"prompt": "a"})
     found.close()  # type: ignore[attr-defined]
-    assert not psutil.Process().children()
+    assert psutil.Process().children() == before
 
 
 @pytest.mark.parametrize("text", ["\n", "a\n", "a" * 1000 + "\n"])
@@ -174,3 +175,11 @@ def test_memory_is_bounded_by_a_line_not_by_the_file() -> None:
     found = read_rows(stream, "txt")
     assert [next(found)[0] for _ in range(1000)] == list(range(1, 1001))
     assert Endless.given < 2**20
+
+
+def test_a_row_of_several_lines_with_a_bad_one_is_told_once_and_left_out() -> None:
+    data = b'prompt\na\n"b\n\xff\nb"\nc\n'
+    found = rows(data, "csv")
+    assert [number for number, _ in found] == [2, 4, 6]
+    assert isinstance(found[1][1], RowError)
+    assert found[2] == (6, {"prompt": "c"})
