@@ -36,7 +36,7 @@ $(VENV)/.dev: $(VENV)/.farm
 		$(PIP) install $(QUIET) --editable '.[embedded,diffusers,models,http,client,server,sdcpp,dataset]' --group dev
 	@touch $@
 
-.PHONY: install sdcpp demo test test-unit lint check format bench fuzz chaos soak demo-model clean
+.PHONY: install sdcpp demo test test-unit lint check format bench fuzz state chaos soak demo-model clean
 install: $(VENV)/.farm ## Install the farm and the diffusers engine into .venv
 
 # Always built anew: pip's cache of wheels does not tell one build from another.
@@ -76,6 +76,9 @@ bench: $(VENV)/.dev ## Measure the farm's cost and an engine's memory; ARGS=--wr
 
 fuzz: $(VENV)/.dev ## Put more than 50,000 bad inputs to the API, the commands and workers (20 minutes)
 	$(BIN)/python -m tests.fuzz $(ARGS)
+
+state: $(VENV)/.dev ## Take 20,000 random steps in the store of each database, beside a model (20 minutes)
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -o timeout=7200 tests/contract/test_state_machine.py $(ARGS)
 
 chaos: $(VENV)/.dev ## Kill, stop and cut off everything while jobs render, then audit (20 minutes)
 	CHAOS_TTL_S=30 $(BIN)/python -m pytest -q -s tests/chaos/test_points.py tests/chaos/test_poison.py

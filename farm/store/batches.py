@@ -83,7 +83,8 @@ def create(
     Raises NotFound when there is no batch `after`, and SubmitInProgress when another batch of the
     owner has the key of `once`.
     """
-    if after is not None and connection.scalar(_row(after)) is None:
+    former = _row(after or "").with_for_update(read=True, key_share=True)  # not pruned meanwhile
+    if after is not None and connection.scalar(former) is None:
         raise NotFound(f"there is no batch {after[:40]!r} to come after; `farm status` lists them")
     batch_id = new_batch_id()
     values = {

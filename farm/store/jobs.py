@@ -486,15 +486,18 @@ def _locked(
     order: Sequence[ColumnElement[Any]],
     limit: int,
 ) -> dict[JobState, list[int]]:
-    """The first `limit` jobs of a batch that fulfil `where`, locked in order: places by state.
+    """The first `limit` jobs of a batch that fulfil `where`, locked: places by state.
 
-    `order`: the columns of the index that has them, so that no step looks at those before it.
+    `order`: the columns of the index that has them, so that no step looks at those before it. That
+    is not the order of all others, so none is waited for, unless it is the only one: what another
+    transaction holds just now, it moves, or the reconciler does.
     """
     chosen = select(jobs.c.idx, jobs.c.state).where(jobs.c.batch_id == batch_id, where)
     if idx is not None:
         chosen = chosen.where(jobs.c.idx == idx)
     found: dict[JobState, list[int]] = {}
-    for row in connection.execute(chosen.order_by(*order).limit(limit).with_for_update()):
+    chosen = chosen.order_by(*order).limit(limit).with_for_update(skip_locked=idx is None)
+    for row in connection.execute(chosen):
         found.setdefault(JobState(row.state), []).append(row.idx)
     return found
 

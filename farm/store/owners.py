@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, literal, or_, select
+from sqlalchemy.dialects import postgresql, sqlite
 
 from farm.errors import QuotaExceeded
 from farm.store.tables import batches, counts, owners
@@ -39,9 +40,13 @@ class OwnerStatus:
 
 def set_limits(connection: Connection, owner: str, limits: Limits | None) -> None:
     """Set an owner's limits, or ('*') those of all who have none; None: he has none any more."""
-    connection.execute(delete(owners).where(owners.c.owner == owner))
-    if limits:
-        connection.execute(owners.insert().values(owner=owner, **asdict(limits)))
+    if limits is None:
+        connection.execute(delete(owners).where(owners.c.owner == owner))
+        return
+    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+    insert = dialect.insert(owners).values(owner=owner, **asdict(limits))
+    upsert = insert.on_conflict_do_update(index_elements=[owners.c.owner], set_=asdict(limits))
+    connection.execute(upsert)
 
 
 def limits_of(connection: Connection, owner: str) -> Limits:
