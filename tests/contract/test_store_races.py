@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 import threading
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import Connection, select, text
 
 from farm.config import Settings
 from farm.dispatch import claim_bundle
@@ -19,10 +20,12 @@ from farm.spec import NewJob
 from farm.states import JobState
 from farm.store import batches, jobs, owners, prune, reuse, sessions
 from farm.store import tables as t
+from farm.store.db import Database
 from farm.store.ids import JobRef
 from farm.store.jobs import Claim, Picture
 from farm.submitting import Plan, submit
 from farm.verdict import give_back, settle_failure
+from tests import servers
 from tests.store_kit import LANE, Kit, spec
 
 SETTINGS = Settings(max_failures=3, retry_delay_s=0.0)
@@ -94,10 +97,11 @@ class Player:
 
     def cancel(self) -> None:
         batch_id, idx = self._any(), self.random.choice((None, 0, 1))
-        with self.kit.db.write() as connection:
-            if batch_id and idx is None:
+        if batch_id and idx is None:
+            with self.kit.db.write() as connection:
                 batches.set_cancelled(connection, batch_id)
-            if batch_id:
+        if batch_id:
+            with self.kit.db.write() as connection:
                 jobs.request_cancel(connection, batch_id, idx)
 
     def redrive(self) -> None:
@@ -164,14 +168,14 @@ def _finish(player: Player) -> None:
     reconcile(db, SETTINGS)
     end_stopped(db)
     player.session, player.held = player.kit.session(memory=10**6), []
-    while player.held or claim_more(player):
+    while player.held or _claim_more(player):
         player.record()
     with db.read() as connection:
         left = {s.id: s.counts for s in batches.recent(connection, 1000) if not s.done}
     assert left == {}
 
 
-def claim_more(player: Player) -> bool:
+def _claim_more(player: Player) -> bool:
     player.claim()
     return bool(player.held)
 
@@ -188,3 +192,63 @@ def _assert_whole(kit: Kit) -> None:
         kit.states(batch_id)
         assert (finished[batch_id] is not None) == (whole[batch_id] and not open_[batch_id])
     assert not keys & dropped, "an object is to be deleted that a job names"
+
+
+def test_a_cancel_of_many_waits_for_nobody(pg_url: str) -> None:
+    """Others lock jobs in another order; waiting for them would be a deadlock now and then."""
+    kit = Kit.at(pg_url)
+    batch = kit.batch(*(spec(str(i)) for i in range(4)))
+    with kit.db.write() as other:
+        other.execute(select(t.jobs).where(t.jobs.c.idx == 2).with_for_update())
+        with kit.db.write() as connection:
+            connection.exec_driver_sql("SET LOCAL lock_timeout = '1s'")
+            assert jobs.request_cancel(connection, batch) == (3, 0)
+    with kit.db.write() as connection:
+        assert jobs.request_cancel(connection, batch) == (1, 0)
+    kit.db.close()
+
+
+def _while_another_waits(
+    url: str, first: Callable[[Connection], object], then: Callable[[Connection], object]
+) -> None:
+    """Commit `first` when `then`, in another transaction, waits for it; raise what `then` does."""
+    db, other = Database(url), Database(url)
+
+    def run() -> None:
+        with other.write() as connection:
+            then(connection)
+
+    with ThreadPoolExecutor(1) as pool:
+        with db.write() as connection:
+            first(connection)
+            waiting = pool.submit(run)
+            waits = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+            servers.poll(lambda: bool(connection.scalar(waits)), "one who waits", 20)
+        waiting.result(20)
+    db.close()
+    other.close()
+
+
+def test_limits_set_by_two_at_once(pg_url: str) -> None:
+    Kit.at(pg_url).db.close()
+
+    def give(most: int) -> Callable[[Connection], None]:
+        return lambda c: owners.set_limits(c, "ann", owners.Limits(max_running=most))
+
+    _while_another_waits(pg_url, give(1), give(2))
+    db = Database(pg_url)
+    with db.read() as connection:
+        assert owners.limits_of(connection, "ann") == owners.Limits(max_running=2)
+    db.close()
+
+
+def test_a_batch_after_one_that_is_removed_just_now(pg_url: str) -> None:
+    kit = Kit.at(pg_url)
+    former = kit.batch(spec())
+
+    def create(connection: Connection) -> None:
+        batches.create(connection, {}, name="", owner="", priority=0, after=former)
+
+    with pytest.raises(NotFound):
+        _while_another_waits(pg_url, lambda c: batches.remove(c, former), create)
+    kit.db.close()
