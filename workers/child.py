@@ -10,8 +10,6 @@ from __future__ import annotations
 import atexit
 import fcntl
 import multiprocessing
-import os
-import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,15 +19,12 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from time import monotonic
-from typing import NamedTuple
 
 import numpy as np
 
 from farm.errors import (
     EngineCrashed,
     EngineFault,
-    EngineHung,
-    EngineKilled,
     InvalidConfig,
     InvalidParameter,
     JobCancelled,
@@ -37,6 +32,7 @@ from farm.errors import (
 )
 from farm.spec import JobSpec, one_key
 from workers import child_main
+from workers.deaths import Log, Phase
 from workers.engine import NO_INPUTS, EngineConfig, EngineInfo, Inputs
 from workers.messages import (
     Broken,
@@ -61,24 +57,8 @@ from workers.messages import (
     TooLarge,
 )
 
-LAST_WORDS = 6
-"""Lines of the log that come with the news of a child's death."""
 CLOSE_TIMEOUT_S = 5.0
 PIPE_BYTES = 2**20
-
-
-class Phase(NamedTuple):
-    """What an engine does, how long it may be silent in it, and the setting that says so."""
-
-    when: str
-    limit_s: float
-    setting: str
-
-    def hung(self, pid: int | None, how: str) -> EngineHung:
-        return EngineHung(
-            f"the engine (process {pid}) {how} for {self.limit_s:g} s {self.when}, "
-            f"the most that {self.setting} allows"
-        )
 
 
 class Child:
@@ -98,7 +78,7 @@ class Child:
         decode_timeout_s: float = 900.0,
         log: Path | None = None,
     ) -> None:
-        self._config, self._log = config, log
+        self._config = config
         self._loading = Phase("while it loaded the model", load_timeout_s, "load_timeout_s")
         self._stepping = Phase("during a render", step_timeout_s, "step_timeout_s")
         self._decoding = Phase("while it decoded pictures", decode_timeout_s, "decode_timeout_s")
@@ -121,7 +101,7 @@ class Child:
         self._ending = False  # the process was killed to end a cancelled render
         self._frozen = False  # the process was killed since it stopped within a message
         self._eased_in_vain = False  # a new one is faster
-        self._log_from = 0
+        self._log = Log(log)
         self._files: tuple[str, dict[str, str]] | None = None  # hashes of what was loaded first
 
     # ------------------------------------------------------------ life and death
@@ -153,10 +133,10 @@ class Child:
         their_orders, self._orders = spawn.Pipe(duplex=False)
         their_line, self._lifeline = spawn.Pipe(duplex=False)
         _enlarge(self._pipe)
-        self._log_from = self._log.stat().st_size if self._log and self._log.exists() else 0
+        self._log.begin()
         self._process = spawn.Process(
             target=child_main.main,
-            args=(their_orders, their_events, their_line, self._config, self._log),
+            args=(their_orders, their_events, their_line, self._config, self._log.path),
             name=f"engine-{self._config.engine}",
             daemon=True,
         )
@@ -370,7 +350,7 @@ class Child:
             self._give_up()
             if self._frozen:
                 raise phase.hung(process.pid, "stopped within a message") from None
-            raise self._crash(process.exitcode, phase.when) from None
+            raise phase.died(process.exitcode, self._log.last_words()) from None
         if isinstance(message, Broken):
             self._give_up()
             raise message.error()
@@ -394,32 +374,6 @@ class Child:
         self._release()
         if not self._ending:
             self._open = 0
-
-    def _crash(self, code: int | None, when: str) -> EngineFault:
-        if code == -signal.SIGKILL:
-            return EngineKilled(
-                f"the engine's process was killed by SIGKILL {when}: by the kernel, when memory "
-                f"runs out (see dmesg), or by a person{self._last_words()}"
-            )
-        how = f"ended with status {code}"
-        if code is not None and code < 0:
-            how = f"was killed by {signal.Signals(-code).name}"
-        return EngineCrashed(f"the engine's process {how} {when}{self._last_words()}")
-
-    def _last_words(self) -> str:
-        if not self._log or not self._log.exists():
-            return ""
-        with self._log.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(self._log_from, size - 8192))
-            lines = [
-                line.strip()[:200] for line in file.read().decode(errors="replace").split("\n")
-            ]
-        lines = [line for line in lines if line]
-        fatal = [i for i, line in enumerate(lines) if line.startswith("Fatal Python error")]
-        if fatal:  # what native code said stands above Python's own report
-            lines = lines[: fatal[-1] + LAST_WORDS // 2]
-        return "; its last words: " + " | ".join(lines[-LAST_WORDS:]) if lines else ""
 
 
 def _enlarge(pipe: Connection) -> None:
