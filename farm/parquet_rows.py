@@ -57,4 +57,6 @@ def _told(error: BaseException, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended = main()
+    sys.stderr.flush()
+    os._exit(ended)  # a thread of Arrow's that still runs at a plain exit aborts the process

@@ -63,7 +63,7 @@ def _lora_weights(given: Any) -> Any:
         given = list(given.items())
     try:
         found = tuple(sorted((str(name), float(weight)) for name, weight in given))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError("no names with weights") from None
     if len(dict(found)) != len(found):
         raise ValueError("a name stands twice")

@@ -28,7 +28,7 @@ MicroBatch = Annotated[
     int | None, typer.Option("--micro-batch", min=1, max=256, help="Pictures rendered at once.")
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Same bytes whatever is rendered beside.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, max=1024, help="CPU threads.")]
 MemoryLimit = Annotated[
     str | None,
     typer.Option("--memory-limit", metavar="SIZE", help="Of a worker, such as 8GB or 1.5GiB."),

@@ -118,6 +118,8 @@ def bind(host: str, port: int) -> socket.socket:
             unless_bound.pop_all()
     except OSError as error:
         raise InvalidConfig(f"cannot listen on {host} port {port}: {error.strerror}") from None
+    except UnicodeError:
+        raise InvalidConfig(f"{host[:60]!r} can be no host's name") from None
     return place
 
 

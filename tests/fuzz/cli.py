@@ -125,7 +125,7 @@ def _words(rng: Random, path: str, command: Any, data: Path, known: list[str]) -
     if rng.randrange(8) == 0:
         groups.append([words.text(rng)])
     if path in STARTS or (path == "serve" and rng.randrange(4)):
-        groups.append([rng.choice(("--none", "--threads=x", "--model", "--memory-limit=\ud800"))])
+        groups.append([rng.choice(("--none", "-0", "--non\ud800"))])
         groups = [group for group in groups if group[0] not in ("--help", "-h")]
     rng.shuffle(groups)
     return [word for group in groups for word in group]

@@ -140,7 +140,7 @@ def _settings(path: Path, rng: Random) -> None:
         os.environ[variable] = given.encode("utf-8", "replace").decode()
     try:
         found = load_settings()
-        if "geheim" in json.dumps(found.shown()):
+        if ":geheim" in json.dumps(found.shown()):
             raise Finding("a secret is shown")
         for make in (lambda: found.database, lambda: found.broker, lambda: found.catalog_path):
             make()

@@ -178,3 +178,9 @@ def test_the_token_commands(
     assert "no token" in capsys.readouterr().err
     assert main(["serve", "--host", "0.0.0.0"]) == 2
     assert "farm token create" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["a" * 64, "a..b", "\ud800", "none.invalid"], ids=ascii)
+def test_a_host_that_is_none_is_told(host: str) -> None:
+    with pytest.raises(InvalidConfig):
+        bind(host, 0)

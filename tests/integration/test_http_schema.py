@@ -22,6 +22,7 @@ from farm.prompts import MAX_PICTURES
 from tests.http_kit import HttpKit, serving
 
 CASES = int(os.environ.get("HTTP_CASES", "30"))
+LONGEST_URL = 5_000  # of 65,536 bytes the head of a request may have, each perhaps %-encoded
 CHECKED = [
     not_a_server_error,
     openapi.status_code_conformance,
@@ -79,6 +80,8 @@ def test_what_openapi_says(kit: HttpKit, done: str, queued: str) -> None:
             case.query["wait"] = _shorter(case.query["wait"])
         if isinstance(case.body, dict) and "n" in case.body and turn % 10:
             case.body["n"] = _fewer(case.body["n"])
+        if len(case.formatted_path) + len(str(case.query)) > LONGEST_URL:
+            return  # refused before the API sees it
         headers = {"Authorization": kit.http.headers["Authorization"]} if turn % 7 else {}
         case.call_and_validate(headers=headers, checks=CHECKED, timeout=60, allow_redirects=False)
 

@@ -51,6 +51,7 @@ from tests.store_kit import spec
         ("loras", {"../x": 1.0}),
         ("loras", {"a": 5.0}),
         ("loras", {"a": float("nan")}),
+        ("loras", {"a": 10**400}),
         ("loras", 3),
         ("loras", "a:1, a:2"),
         ("loras", {f"l{n}": 1.0 for n in range(9)}),
