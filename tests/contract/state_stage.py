@@ -119,16 +119,21 @@ class Stage(RuleBasedStateMachine):
         self.seen["torn"] += tear is not None
         return None if isinstance(tear, int) else found[0]
 
-    def _some(self, numbers: Sequence[int], ghosts: bool = True) -> list[Claim]:
-        """Claims by age, the newest first; unless `ghosts`, those that hold, if there are any."""
+    def _some(self, numbers: Sequence[int], whose: str = "any") -> list[Claim]:
+        """Claims, the newest first: `any`, those that `hold`, or ghosts whose job runs again."""
         held = [claim for claim in self.claims if self.model.holds(claim)]
-        pool = self.claims if ghosts or not held else held
+        running = {claim.ref for claim in held}
+        ghosts = [one for one in self.claims if one not in held and one.ref in running]
+        pool = {"hold": held, "rival": ghosts}.get(whose) or self.claims
         some = list({pool[-1 - n % len(pool)]: None for n in numbers})
-        self.seen["ghosts"] += sum(not self.model.holds(claim) for claim in some)
+        self.seen["ghosts"] += sum(claim not in held for claim in some)
         return some
 
-    def _batch(self, n: int) -> MBatch:
-        return list(self.model.batches.values())[-1 - n % len(self.model.batches)]
+    def _batch(self, n: int, wanted: Callable[[MBatch], bool] = bool) -> MBatch:
+        """The newest first; of those that are wanted, if there are any."""
+        every = list(self.model.batches.values())
+        some = [batch for batch in every if wanted(batch)] or every
+        return some[-1 - n % len(some)]
 
     def _session(self, n: int) -> MSession:
         return list(self.model.sessions.values())[-1 - n % len(self.model.sessions)]

@@ -42,7 +42,7 @@ from farm.store.db import Database
 from farm.store.ids import JobRef
 from farm.store.jobs import Claim, Picture
 from farm.verdict import give_back, settle_failure
-from tests.contract.state_model import LONG_AGO, MAX_FAILURES, MSession
+from tests.contract.state_model import LONG_AGO, MAX_FAILURES, MBatch, MSession
 from tests.contract.state_stage import Fragile, Stage, Torn, action
 from tests.contract.state_submits import CHUNK, ENGINES, MODELS, OWNERS, Submits
 
@@ -55,8 +55,9 @@ ERRORS = (
 )  # fmt: skip
 
 picks = st.lists(st.integers(0, 30), min_size=1, max_size=4)
-tears = st.sampled_from((None, None, None, None, 0, 1, 2, 3, 5, 8, "answer"))
+tears = st.sampled_from((*[None] * 12, 0, 1, 3, 6, "answer"))
 mostly_not = st.sampled_from((False, False, True))
+whose = st.sampled_from(("hold", "hold", "rival", "any"))
 
 
 def has_batches(stage: Stage) -> bool:
@@ -72,6 +73,14 @@ def has_work(stage: Stage) -> bool:
     return len(stage.model.handed_out()) > 1
 
 
+def ended_badly(batch: MBatch) -> bool:
+    return any(job.state in ("failed", "cancelled") for job in batch.jobs.values())
+
+
+def is_done(batch: MBatch) -> bool:
+    return batch.finished and not batch.open
+
+
 def is_busy(stage: Stage) -> bool:
     return len(stage.model.at_work()) > 2
 
@@ -81,6 +90,7 @@ class Attack(Submits):
 
     @action(
         1,
+        when=lambda self: len(self.model.at_work()) < 4,
         model=st.sampled_from(MODELS),
         engine=st.sampled_from((*ENGINES, "fake")),
         memory=st.sampled_from((None, 100, 200, 300)),
@@ -142,9 +152,9 @@ class Attack(Submits):
     def claims_for_good(self, n: int, limit: int) -> None:
         self.claims_a_bundle(n, limit, None, False)
 
-    @action(3, when=has_claims, numbers=picks, tear=tears, done=st.floats(0, 1), ghosts=mostly_not)
-    def starts(self, numbers: list[int], tear: int | str | None, done: float, ghosts: bool) -> None:
-        some = self._some(numbers, ghosts)
+    @action(3, when=has_claims, numbers=picks, tear=tears, done=st.floats(0, 1), whose=whose)
+    def starts(self, numbers: list[int], tear: int | str | None, done: float, whose: str) -> None:
+        some = self._some(numbers, whose)
 
         def mark(connection: Connection) -> bool:
             jobs.mark_started(connection, some)
@@ -160,13 +170,11 @@ class Attack(Submits):
         self.model.stored.add(key)
         return Picture(key, "0" * 64, 10, 0.5, claim.spec.fingerprint("fake", "0" * 64))
 
-    @action(
-        4, when=has_claims, numbers=picks, tear=tears, locks=st.booleans(), ghosts=st.booleans()
-    )
+    @action(4, when=has_claims, numbers=picks, tear=tears, locks=st.booleans(), whose=whose)
     def records_pictures(
-        self, numbers: list[int], tear: int | str | None, locks: bool, ghosts: bool
+        self, numbers: list[int], tear: int | str | None, locks: bool, whose: str
     ) -> None:
-        done = [(claim, self._picture(claim)) for claim in self._some(numbers, ghosts)]
+        done = [(claim, self._picture(claim)) for claim in self._some(numbers, whose)]
 
         def record(connection: Connection) -> set[Any]:
             if locks:
@@ -187,12 +195,12 @@ class Attack(Submits):
         n=st.integers(0, 30),
         error=st.sampled_from(ERRORS),
         tear=tears,
-        ghosts=mostly_not,
+        whose=whose,
     )
     def reports_a_failure(
-        self, n: int, error: type[FarmError], tear: int | str | None, ghosts: bool
+        self, n: int, error: type[FarmError], tear: int | str | None, whose: str
     ) -> None:
-        (claim,) = self._some([n], ghosts)
+        (claim,) = self._some([n], whose)
 
         def settle(connection: Connection) -> bool:
             if error is JobGivenBack:
@@ -204,11 +212,11 @@ class Attack(Submits):
             assert moved == self.model.settle(claim, error())
             self.seen["failures"] += moved
 
-    @action(3, when=has_claims, numbers=picks, tear=tears, ghosts=mostly_not)
+    @action(3, when=has_claims, numbers=picks, tear=tears, whose=whose)
     def links_to_pictures_that_are_there(
-        self, numbers: list[int], tear: int | str | None, ghosts: bool
+        self, numbers: list[int], tear: int | str | None, whose: str
     ) -> None:
-        some = self._some(numbers, ghosts)
+        some = self._some(numbers, whose)
         marks = {claim: claim.spec.fingerprint("fake", "0" * 64) for claim in some}
         batch_id = some[0].ref.batch_id
         with self.db.read() as connection:
@@ -257,7 +265,11 @@ class Attack(Submits):
     # ---- persons
 
     @action(
-        when=has_work, n=st.integers(0, 5), idx=st.sampled_from((None, 0, 1, 2, 3, 4)), tear=tears
+        2,
+        when=has_work,
+        n=st.integers(0, 5),
+        idx=st.sampled_from((None, 0, 1, 2, 3, 4)),
+        tear=tears,
     )
     def cancels(self, n: int, idx: int | None, tear: int | str | None) -> None:
         batch = self._batch(n)
@@ -282,15 +294,15 @@ class Attack(Submits):
         3,
         when=has_batches,
         n=st.integers(0, 5),
-        states=st.sampled_from((["failed"], ["failed", "cancelled"])),
-        idx=st.sampled_from((None, None, 0, 1, 2)),
-        code=st.sampled_from(("", "", "ERR_RENDER_FAILED", "ERR_CANCELLED")),
+        states=st.sampled_from((["failed"], *[["failed", "cancelled"]] * 3)),
+        idx=st.sampled_from((None, None, None, 0, 1)),
+        code=st.sampled_from(("", "", "", "ERR_INVALID_PROMPT", "ERR_CANCELLED")),
         tear=tears,
     )
     def drives_anew(
         self, n: int, states: list[str], idx: int | None, code: str, tear: int | str | None
     ) -> None:
-        batch = self._batch(n)
+        batch = self._batch(n, ended_badly)
         wanted = [JobState(state) for state in states]
         moved = self._do(
             lambda c: jobs.redrive(c, batch.id, wanted, idx=idx, code=code or None), tear
@@ -344,9 +356,9 @@ class Attack(Submits):
         reconcile.reconcile(self.db, SETTINGS, lenient=lenient)
         self.model.reconcile(lenient=lenient)
 
-    @action(when=has_batches, n=st.integers(0, 5), limit=st.integers(1, 5), tear=tears)
+    @action(2, when=has_batches, n=st.integers(0, 5), limit=st.integers(1, 5), tear=tears)
     def prunes(self, n: int, limit: int, tear: int | str | None) -> None:
-        batch = self._batch(n)
+        batch = self._batch(n, is_done)
         step = self._do(lambda c: prune.step(c, batch.id, limit), tear)
         if step is not None:
             assert (step.jobs, step.ended, step.kept) == self.model.prune(batch.id, limit)
