@@ -21,6 +21,7 @@ FarmError                       code, a sentence that a person can act on
 |   |-- DatabaseUnavailable     ERR_DATABASE_UNAVAILABLE
 |   |-- BrokerUnavailable       ERR_BROKER_UNAVAILABLE
 |   |-- StorageUnavailable      ERR_STORAGE_UNAVAILABLE
+|   |   `-- StorageRefused      ERR_STORAGE_REFUSED  until a person mends it; others may be let in
 |   |-- BlobNotFound            ERR_BLOB_NOT_FOUND
 |   |-- BlobDamaged             ERR_BLOB_DAMAGED
 |   |-- HubUnavailable          ERR_HUB_UNAVAILABLE
@@ -196,6 +197,12 @@ class StorageUnavailable(EnvironmentFault):
     """The blob store does not answer, or refused to write."""
 
     code = "ERR_STORAGE_UNAVAILABLE"
+
+
+class StorageRefused(StorageUnavailable):
+    """The blob store answers, and refuses what this process may or says: a person must mend it."""
+
+    code = "ERR_STORAGE_REFUSED"
 
 
 class BlobNotFound(EnvironmentFault):

@@ -17,7 +17,14 @@ from contextlib import suppress
 from typing import Any
 
 from farm.blobs import BlobStore
-from farm.errors import EnvironmentFault, FarmError, JobCancelled, RenderFailed, StorageUnavailable
+from farm.errors import (
+    EnvironmentFault,
+    FarmError,
+    JobCancelled,
+    RenderFailed,
+    StorageRefused,
+    StorageUnavailable,
+)
 from farm.pictures import CONTENT_TYPES, Origin, encode, object_key, sha256
 from farm.spec import Fingerprints
 from farm.store.ids import JobRef
@@ -68,11 +75,21 @@ class Keeper:
     @property
     def trouble(self) -> str:
         """Why finished pictures are held just now, else nothing."""
-        return self.hangs or (str(self._outage) if self._held or self._in_memory else "")
+        return self.claims_none or (str(self._outage) if self._holds() else "")
 
     @property
-    def hangs(self) -> str:
-        """Why no more should be claimed: an upload takes longer than it may; else nothing.
+    def claims_none(self) -> str:
+        """Why no more should be claimed, while others may be able to store; else nothing."""
+        if self._outage.refused and self._holds():  # by what is held it is seen when it ends
+            return f"{self._outage}; no more is claimed until it takes a picture"
+        return self._hangs()
+
+    def _holds(self) -> bool:
+        looks = any(hand.looks for hand in self._hands)  # what it tries is held no longer
+        return bool(self._held or self._in_memory or looks)
+
+    def _hangs(self) -> str:
+        """That an upload takes longer than it may; else nothing.
 
         It cannot be ended from here, and its picture is not given up.
         """
@@ -147,11 +164,11 @@ class Keeper:
         for one in self._pick(refs):
             self._fail(one, JobCancelled())
 
-    def abandon(self) -> None:
-        """The session was lost: its jobs are others', or are claimed here again."""
+    def abandon(self, why: str) -> None:
+        """Let go of what is held: its jobs are others', or are claimed here again."""
         for one in self._pick(None):
             self._loosen(one)
-            self._recorder.back(one.claim, "its worker's session was lost")
+            self._recorder.back(one.claim, why)
 
     def _pick(self, refs: set[JobRef] | None) -> list[Finished]:
         """Take out of what is held: these jobs', or all."""
@@ -291,7 +308,7 @@ class Keeper:
         try:
             self._blobs.put(key, data, CONTENT_TYPES[spec.format])
         except EnvironmentFault as error:
-            self._notice(error.message)
+            self._notice(error.message, refused=isinstance(error, StorageRefused))
             return False
         finally:
             hand.putting_since = None
@@ -324,9 +341,9 @@ class Keeper:
         """Raises KeyError for a LoRA that this worker does not have."""
         return f"{claim.ref.batch_id}-{claim.ref.idx}-{self._fingerprints.of(claim.spec)}"
 
-    def _notice(self, why: str) -> None:
+    def _notice(self, why: str, *, refused: bool = False) -> None:
         with self._lock:
-            self._outage.notice(why)
+            self._outage.notice(why, refused=refused)
 
     def _is_back(self) -> None:
         with self._lock:

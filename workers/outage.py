@@ -44,9 +44,13 @@ class Hand:
 
 @dataclass
 class Outage:
-    """`store`: why it takes nothing, `spool`: why that holds no more; empty: it does."""
+    """`store`: why it takes nothing, `spool`: why that holds no more; empty: it does.
+
+    `refused`: the store takes nothing from this worker, though perhaps from others.
+    """
 
     store: str = ""
+    refused: bool = False
     spool: str = ""
     _pause: float = PAUSE_S
     _next_try: float = 0.0  # monotonic
@@ -54,12 +58,12 @@ class Outage:
     def __str__(self) -> str:
         return "; ".join(filter(None, (self.store, self.spool))) if self.store else ""
 
-    def notice(self, why: str) -> None:
+    def notice(self, why: str, *, refused: bool = False) -> None:
         """The store is away: it is tried again after a pause that doubles."""
         if not self.store:
             log.warning("%s; holding pictures until it is back", why)
             self._pause, self._next_try = PAUSE_S, 0.0
-        self.store = why
+        self.store, self.refused = why, refused
         if (now := time.monotonic()) >= self._next_try:
             self._next_try = now + self._pause * random.uniform(0.5, 1.5)
             self._pause = min(self._pause * 2, MAX_PAUSE_S)
@@ -73,7 +77,7 @@ class Outage:
     def end(self, held: int) -> None:
         """The store has taken a picture, while others were held."""
         log.info("the blob store is back; %d pictures were held", held)
-        self.store = self.spool = ""
+        self.store, self.spool, self.refused = "", "", False
 
     def wait_s(self) -> float:
         """Seconds until the next try."""

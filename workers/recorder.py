@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 
 from farm import logs
 from farm.config import Settings
-from farm.errors import DatabaseUnavailable, FarmError, RenderFailed
+from farm.errors import DatabaseUnavailable, FarmError, JobCancelled, RenderFailed
 from farm.store import jobs
 from farm.store.db import Database
 from farm.store.ids import JobRef
@@ -142,12 +142,15 @@ class Recorder:
                 if claim.ref not in recorded:
                     self._lost(claim, picture)
             self._settled(group.ended())
-            _tell(group)
+            _tell(group, recorded)
         except Exception:
             log.exception("after a record")
 
     def _commit(self, group: _Group) -> set[JobRef]:
-        """One transaction, tried until the database is there; any other error is raised."""
+        """One transaction, tried until the database is there; any other error is raised.
+
+        The jobs whose picture or failure was recorded: the claims of the others were lost.
+        """
         wait = 0.1
         while True:
             try:
@@ -165,7 +168,8 @@ class Recorder:
         jobs.record_progress(connection, group.progress.items())
         recorded = jobs.succeed(connection, group.pictures)
         for claim, error in group.failures:
-            settle_failure(connection, claim, error, self._settings)
+            if settle_failure(connection, claim, error, self._settings):
+                recorded.add(claim.ref)
         for claim, why in group.back:
             give_back(connection, claim, why)
         return recorded
@@ -187,9 +191,11 @@ class Recorder:
                 self._settled([claim])
 
 
-def _tell(group: _Group) -> None:
+def _tell(group: _Group, recorded: set[JobRef]) -> None:
     for claim, error in group.failures:
-        log.warning("%s: %s", error.code, error.message, extra=logs.about(claim))
+        if claim.ref in recorded:
+            level = logging.INFO if isinstance(error, JobCancelled) else logging.WARNING
+            log.log(level, "%s: %s", error.code, error.message, extra=logs.about(claim))
     if log.isEnabledFor(logging.DEBUG):
         for claim, picture in group.pictures:
             log.debug("stored %s", picture.object_key, extra=logs.about(claim))

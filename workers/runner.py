@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 HARD_STOP_S = 8.0  # after the grace: whatever hangs, the process ends
 STALL_S = 60.0  # beyond the engine's own limits, that a bundle under way may give no sign
 SHUTDOWN = "its worker was shut down"
+LOST = "its worker's session was lost"
 RESTS = "its worker rests, since job after job failed there"
 
 
@@ -81,6 +82,7 @@ class Runner:
         self._bundle_lock = threading.Lock()
         self._bundle: list[Claim] = []  # under way in the child
         self._unwanted: set[JobRef] = set()  # cancelled while claimed
+        self._lost = ""  # the last session that was
         self._breaker = Breaker()
         self._stall = Stall(child.longest_silence_s + STALL_S)
         self._rendered = 0
@@ -159,9 +161,10 @@ class Runner:
     def _next_bundle(self) -> list[Claim]:
         """The next jobs to render; those whose pictures are there are linked on the way."""
         most = self._settings.bundle_max
-        while self._keeper.hangs and not self._stopping.wait(1.0):
-            pass
         while not self._stopping.is_set():
+            if self._keeper.claims_none:
+                self._stopping.wait(1.0)
+                continue
             size = dispatch.bundle_size(self._speed, self._settings.bundle_seconds, most)
             size = 1 if self._breaker.is_half_open else min(max(size, self._lessons.cap), most)
             bundle = self._claims.next(self._reuse.size(size))
@@ -174,9 +177,12 @@ class Runner:
     def _claim_and_ring(self) -> list[Claim]:
         """The next bundle; the bell is rung beside it, for a broker may take its time."""
         bundle = self._next_bundle()
-        self._inputs.fetch(bundle)  # they are kept until its turn comes
-        if bundle and (self._ringing is None or self._ringing.done()):
-            self._ringing = self._bell.submit(self.ring)
+        try:
+            self._inputs.fetch(bundle)  # they are kept until its turn comes
+            if bundle and (self._ringing is None or self._ringing.done()):
+                self._ringing = self._bell.submit(self.ring)
+        except Exception:  # a claimed bundle must not be forgotten for that
+            log.exception("beside a claim")
         return bundle
 
     def _render(self, bundle: list[Claim]) -> list[Claim]:
@@ -218,10 +224,9 @@ class Runner:
             unwanted = {claim for claim in bundle if claim.ref in self._unwanted}
             self._unwanted -= {claim.ref for claim in bundle}
         stale = {claim for claim in bundle if claim.session_id != self._heart.session_id}
-        for claim in unwanted:
+        for claim in unwanted - stale:
             self._recorder.failure(claim, JobCancelled())
-        for claim in stale - unwanted:
-            self._recorder.back(claim, "its worker's session was lost")
+        self._give_back(list(stale), LOST)
         return [claim for claim in bundle if claim not in unwanted | stale]
 
     def _with_inputs(self, bundle: list[Claim]) -> tuple[list[Claim], dict[str, bytes]]:
@@ -249,7 +254,10 @@ class Runner:
                 self._rendered += 1
                 self._speed = seconds if self._speed is None else (3 * self._speed + seconds) / 4
             case Failed(id, error):
-                self._recorder.failure(bundle[id], error)
+                if isinstance(error, JobCancelled) and bundle[id].session_id == self._lost:
+                    self._recorder.back(bundle[id], LOST)  # no person asked for it
+                else:
+                    self._recorder.failure(bundle[id], error)
                 open_ids.discard(id)
                 started.add(id)
                 if self._breaker.is_open:
@@ -329,7 +337,8 @@ class Runner:
 
     def _abandon(self) -> None:
         """The session was lost: rendering on would be for nothing."""
-        self._keeper.abandon()
+        self._lost = self._heart.session_id
+        self._keeper.abandon(LOST)
         self._cancel({claim.ref for claim in self._bundle})
 
     def _drop(self, claim: Claim, picture: Picture) -> None:
@@ -349,6 +358,10 @@ class Runner:
             timer.start()
         self._keeper.hurry()
         self._child.stop_after_current()
+
+    @property
+    def is_asked_to_stop(self) -> bool:
+        return self._stop_asked.is_set()
 
     def close(self) -> None:
         """After the last `work`: record what is left, end the session and the engine."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from farm.blobs import BlobStat, check_expiry, check_key, check_prefix, is_key, probe
-from farm.errors import BlobNotFound, StorageUnavailable
+from farm.errors import BlobNotFound, StorageRefused, StorageUnavailable
 
 _TEMPORARY = ".tmp-"  # no key starts with a dot
 MOST_TRIES = 100  # to write into a directory that others remove as empty
@@ -134,10 +134,10 @@ class LocalBlobs:
             if exc.errno in _FULL:
                 text = f"cannot {action}: the disk of {place} is full; free some space there"
             elif exc.errno in _DENIED:
-                text = (
+                raise StorageRefused(
                     f"cannot {action}: {place} is read-only or belongs to another user; "
                     f"make it writable, or set another blob URL"
-                )
+                ) from exc
             elif isinstance(exc, (FileExistsError, *_ABSENT)):
                 text = f"cannot {action}: a file and a directory in {place} want the same name"
             else:

@@ -8,7 +8,7 @@ from botocore import exceptions as boto
 from botocore.exceptions import BotoCoreError, ClientError
 
 from farm.blobs import S3Options
-from farm.errors import BlobNotFound, FarmError, StorageUnavailable
+from farm.errors import BlobNotFound, FarmError, StorageRefused, StorageUnavailable
 
 _CODES = {
     "NoSuchBucket": "the bucket does not exist: create it, or correct the blob URL",
@@ -57,6 +57,14 @@ _KINDS: tuple[tuple[tuple[type[BotoCoreError], ...], str], ...] = (
     ),
     ((boto.NoRegionError,), "no region: set the region"),
 )
+_REFUSED = (
+    boto.NoCredentialsError,
+    boto.PartialCredentialsError,
+    boto.SSLError,
+    boto.NoRegionError,
+)
+_REFUSED_CODES = ("ExpiredToken", "AuthorizationHeaderMalformed")  # HTTP 400, as much that passes
+_REFUSED_STATUSES = (301, 401, 403, 404)
 
 
 @dataclass(frozen=True)
@@ -76,16 +84,22 @@ def status_of(exc: ClientError) -> int:
 
 
 def fault(action: str, place: Place, exc: BotoCoreError | ClientError) -> FarmError:
-    """The farm's error for one of botocore: BlobNotFound, or StorageUnavailable for all others."""
+    """The farm's error for one of botocore: BlobNotFound, or StorageUnavailable for all others.
+
+    StorageRefused where the server, or this machine's own settings, say no to this process.
+    """
     if not isinstance(exc, ClientError):
         meaning = next((text for kinds, text in _KINDS if isinstance(exc, kinds)), None)
-        return StorageUnavailable(f"cannot {action} in {place}: {meaning or type(exc).__name__}")
+        kind = StorageRefused if isinstance(exc, _REFUSED) else StorageUnavailable
+        return kind(f"cannot {action} in {place}: {meaning or type(exc).__name__}")
     code = str(exc.response.get("Error", {}).get("Code", ""))
     if code == "NoSuchKey":
         return BlobNotFound(f"there is no such object: cannot {action} in {place}")
     status = status_of(exc)
     meaning = _CODES.get(code) or _STATUSES.get(status) or _words(exc, place.options)
-    return StorageUnavailable(f"cannot {action} in {place}: {meaning} ({code}, HTTP {status})")
+    refused = status in _REFUSED_STATUSES and code != "QuotaExceeded"
+    kind = StorageRefused if refused or code in _REFUSED_CODES else StorageUnavailable
+    return kind(f"cannot {action} in {place}: {meaning} ({code}, HTTP {status})")
 
 
 def _words(exc: ClientError, options: S3Options) -> str:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from farm.blobs import BlobStore, check_key, local, open_blobs
 from farm.blobs.local import LocalBlobs
-from farm.errors import StorageUnavailable
+from farm.errors import StorageRefused, StorageUnavailable
 from tests.servers import poll
 
 
@@ -125,6 +125,7 @@ def test_a_failed_write_names_the_cause_and_leaves_the_old_object(
         with pytest.raises(StorageUnavailable, match=words) as caught:
             store.put("a", b"new", "text/plain")
     assert str(root) in caught.value.message
+    assert not isinstance(caught.value, StorageRefused), "nobody can write there"
     assert store.get("a") == b"old"
     assert files(root) == ["a"]
 
@@ -136,7 +137,7 @@ def test_check_on_a_read_only_directory_says_so(
     root.mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", raising(number))
-        with pytest.raises(StorageUnavailable, match=r"read-only.*make it writable") as caught:
+        with pytest.raises(StorageRefused, match=r"read-only.*make it writable") as caught:
             store.check()
     assert str(root) in caught.value.message
 
@@ -144,7 +145,7 @@ def test_check_on_a_read_only_directory_says_so(
 def test_check_on_a_directory_without_rights(root: Path) -> None:
     root.mkdir(mode=0o500)
     nowhere = Path("/sys/kernel") if os.geteuid() == 0 else root  # root may write to any other
-    with pytest.raises(StorageUnavailable, match="read-only"):
+    with pytest.raises(StorageRefused, match="read-only"):
         open_blobs(str(nowhere)).check()
 
 

@@ -15,7 +15,8 @@ from botocore.exceptions import ClientError
 
 from farm.blobs import BlobStore, open_blobs
 from farm.blobs.s3 import S3Blobs
-from farm.errors import StorageUnavailable
+from farm.blobs.s3_faults import Place, fault
+from farm.errors import StorageRefused, StorageUnavailable
 from tests.servers import S3Server, free_port, poll
 
 OUTAGE_S = 10.0  # how soon a refused connection must be reported, retries included
@@ -197,6 +198,31 @@ def test_every_call_on_a_missing_bucket(s3_server: S3Server) -> None:
         with pytest.raises(StorageUnavailable, match="the bucket does not exist"):
             action()
     store.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "refused"),
+    [
+        (403, "AccessDenied", True),
+        (403, "RequestTimeTooSkewed", True),
+        (404, "NoSuchBucket", True),
+        (400, "ExpiredToken", True),
+        (301, "PermanentRedirect", True),
+        (403, "QuotaExceeded", False),
+        (400, "RequestTimeout", False),
+        (429, "SlowDown", False),
+        (500, "InternalError", False),
+        (503, "ServiceUnavailable", False),
+        (507, "InsufficientStorage", False),
+    ],
+)
+def test_a_refusal_is_told_from_an_outage(
+    s3_server: S3Server, status: int, code: str, refused: bool
+) -> None:
+    reply: Any = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    error = fault("write a", Place("b", s3_server.options()), ClientError(reply, "PutObject"))
+    assert isinstance(error, StorageUnavailable)
+    assert isinstance(error, StorageRefused) is refused
 
 
 def test_an_outage_ends(s3_server: S3Server, store: S3Blobs) -> None:

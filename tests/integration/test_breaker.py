@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from farm.catalog import Lane
 from farm.cli.follow import tell_unserved
+from farm.errors import JobCancelled, JobGivenBack, StorageRefused
 from farm.store import sessions
 from farm.store.batches import BatchStatus
+from farm.store.ids import JobRef
 from tests.farm_kit import until
 from tests.runner_kit import LANE, LoneRunner
 from workers import breaker, runner
@@ -165,6 +168,48 @@ def test_a_worker_whose_upload_hangs_claims_no_more_and_goes_on_after_it(
             assert lone.farm.status(more.id).counts["queued"] == 5
             gate.set()
         until(lambda: lone.farm.status(one.id).counts["succeeded"] == 1, 10)
+
+
+def test_a_worker_whom_the_store_refuses_claims_no_more_until_it_is_let_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_in = threading.Event()
+    with worker(tmp_path) as (lone, _):
+        put = lone.farm.blobs.put
+
+        def refuses(*args: Any) -> None:
+            if not let_in.is_set():
+                raise StorageRefused("wrong credentials")
+            put(*args)
+
+        monkeypatch.setattr(lone.farm.blobs, "put", refuses)
+        one = lone.farm.submit(["p"], model="fake-fast")
+        lone.runner.work()
+        until(lambda: "wrong credentials; no more is claimed" in told(lone).note, 20)
+        assert told(lone).state == "waiting"
+        more = lone.farm.submit([f"p{i}" for i in range(5)], model="fake-fast")
+        with at_work(lone, more):
+            until(lambda: told(lone).spooled == 1, 10)
+            assert lone.farm.status(more.id).counts["queued"] == 5
+            let_in.set()
+        until(lambda: lone.farm.status(one.id).counts["succeeded"] == 1, 10)
+
+
+def test_a_lost_session_is_told_once_and_no_job_is_called_cancelled(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow = Lane("fake-slow", "fake")
+    with LoneRunner(tmp_path / "home", lane=slow, session_ttl_s=2.0) as lone:
+        batch = lone.farm.submit(["p"], model=slow.model)
+        with at_work(lone, batch):
+            until(lambda: lone.farm.status(batch.id).counts["running"] == 1, 20)
+            until(lambda: told(lone).state == "rendering", 20)
+            with lone.farm.db.write() as connection:
+                sessions.close(connection, told(lone).id)
+        codes = [event["code"] for event in lone.farm.history(JobRef(batch.id, 0))]
+        assert codes == [JobGivenBack.code]
+    assert JobCancelled.code not in caplog.text
+    assert caplog.text.count("was lost; what it held") == 1
 
 
 def test_a_worker_whose_render_loop_hangs_ends_hard(

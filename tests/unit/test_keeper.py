@@ -17,7 +17,7 @@ import pytest
 
 from farm.blobs import BlobStore, open_blobs
 from farm.config import Settings, load_settings
-from farm.errors import BlobDamaged, InvalidConfig, StorageUnavailable
+from farm.errors import BlobDamaged, InvalidConfig, StorageRefused, StorageUnavailable
 from farm.pictures import Origin
 from farm.store import jobs, reads
 from farm.store.ids import JobRef
@@ -44,13 +44,14 @@ class Store:
         self.there, self.answers = threading.Event(), threading.Event()
         self.there.set()
         self.answers.set()
+        self.refuses = False
         self.puts, self.asked = 0, threading.Semaphore(0)
 
     def put(self, key: str, data: bytes, content_type: str) -> None:
         self.asked.release()
         assert self.answers.wait(20)
         if not self.there.is_set():
-            raise StorageUnavailable("the store is away")
+            raise (StorageRefused if self.refuses else StorageUnavailable)("the store is away")
         self._real.put(key, data, content_type)
         self.puts += 1
 
@@ -211,10 +212,50 @@ def test_an_upload_that_takes_too_long_is_told(bench: Bench) -> None:
     bench.store.answers.clear()
     keep_all(keeper, claims)[0].join(10)
     soon(lambda: "and upload_timeout_s allows 0.2; no more is claimed" in keeper.trouble)
-    assert keeper.hangs
+    assert keeper.claims_none
     bench.store.answers.set()
     soon(lambda: bench.states(claims[0]) == {"succeeded": 1})
     soon(lambda: keeper.trouble == "")
+
+
+def test_a_store_that_refuses_this_worker_is_no_outage(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outage_module, "PAUSE_S", 0.01)
+    keeper, claims = bench.keeper(), bench.claims(2)
+    bench.store.there.clear()
+    keep_all(keeper, claims[:1])[0].join(10)
+    soon(lambda: "away" in keeper.trouble)
+    assert keeper.claims_none == "", "an outage is everybody's: rendering goes on"
+    bench.store.refuses = True
+    soon(lambda: "no more is claimed until it takes a picture" in keeper.claims_none)
+    tried = bench.store.asked
+    for _ in range(50):
+        assert tried.acquire(timeout=10)
+        assert keeper.claims_none, "also while it is tried with the only picture"
+        if keeper._outage._pause > 0.1:
+            break
+    assert keeper.trouble == keeper.claims_none
+    bench.store.there.set()
+    soon(lambda: bench.states(claims[0]) == {"succeeded": 1, "running": 1})
+    soon(lambda: keeper.claims_none == keeper.trouble == "")
+
+
+def test_when_all_that_was_refused_is_cancelled_one_more_is_tried(bench: Bench) -> None:
+    keeper, claims = bench.keeper(), bench.claims(1)
+    bench.store.refuses = True
+    bench.store.there.clear()
+    keep_all(keeper, claims)[0].join(10)
+    soon(lambda: bool(keeper.claims_none))
+    with bench.kit.db.write() as connection:
+        jobs.request_cancel(connection, claims[0].ref.batch_id, claims[0].ref.idx)
+
+    def cancelled() -> bool:
+        keeper.cancel({claims[0].ref})
+        return bench.states(claims[0]) == {"cancelled": 1}
+
+    soon(cancelled)
+    soon(lambda: keeper.claims_none == "")
 
 
 def test_a_worker_that_ends_leaves_its_pictures_to_the_next_claim(bench: Bench) -> None:
@@ -310,7 +351,7 @@ def test_what_is_cancelled_or_lost_while_it_is_held(bench: Bench) -> None:
     soon(lambda: len(bench.files()) == 2)
 
     def abandoned() -> bool:
-        keeper.abandon()
+        keeper.abandon("its session was lost")
         return bench.states(claims[0]) == {"queued": 2, "cancelled": 1}
 
     soon(abandoned)
