@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from celery import signals
+from celery import Celery, signals
 from celery.exceptions import CPendingDeprecationWarning
 from celery.platforms import SecurityWarning
 from celery.worker import state as celery_state
@@ -73,8 +73,6 @@ def _serve(args: argparse.Namespace, engine_log: Path) -> int:
     settings = load_settings()
     lane = Lane(args.model, args.engine)
     logs.begin(settings.log_level, settings.log_format, role="worker", lane=":".join(lane))
-    warnings.simplefilter("ignore", SecurityWarning)  # of root and pickle; ours is JSON only
-    warnings.simplefilter("ignore", CPendingDeprecationWarning)  # at each lost connection
     logging.getLogger("celery").setLevel(max(logging.WARNING, logging.root.level))
     logging.getLogger("celery.worker.consumer.consumer").addFilter(_Seldom())
     catalog = load_catalog(settings.catalog_path, settings.models_path)
@@ -104,10 +102,14 @@ def _serve(args: argparse.Namespace, engine_log: Path) -> int:
 
     def again() -> None:
         """The same worker anew, in this process: same pid, same parent, same arguments."""
-        runner.close()
-        farm.close()
-        shutil.rmtree(engine_log.parent, ignore_errors=True)
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - ourselves
+        try:
+            runner.close()
+            farm.close()
+            shutil.rmtree(engine_log.parent, ignore_errors=True)
+        finally:  # a worker that is half closed would serve nobody, and not end
+            if runner.is_asked_to_stop:
+                os._exit(0)
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - ourselves
 
     info = runner.start()
     log.info("%s loaded on %s, micro-batches of %d", lane.model, info.device, info.micro_batch)
@@ -162,16 +164,7 @@ def _consume(farm: Farm, lane: Lane, runner: Runner, again: Callable[[], None]) 
     app.task(render, name=TASK, ignore_result=True)
     signals.worker_shutting_down.connect(stop)
     signals.setup_logging.connect(_keep_logging)
-    worker = app.Worker(
-        queues=[lane.queue],
-        pool="threads",
-        concurrency=1,
-        loglevel="WARNING",
-        without_gossip=True,
-        without_mingle=True,
-        quiet=True,
-        optimization="fair",
-    )
+    worker = _celery_worker(app, lane)
     watchdog = Watchdog(
         lane,
         farm.db,
@@ -185,6 +178,23 @@ def _consume(farm: Farm, lane: Lane, runner: Runner, again: Callable[[], None]) 
     worker.start()
     watchdog.join()
     return 1 if runner.broken.is_set() else int(worker.exitcode or 0)
+
+
+def _celery_worker(app: Celery, lane: Lane) -> Any:
+    warnings.simplefilter("ignore", SecurityWarning)  # of root and pickle; ours is JSON only
+    worker = app.Worker(
+        queues=[lane.queue],
+        pool="threads",
+        concurrency=1,
+        loglevel="WARNING",
+        without_gossip=True,
+        without_mingle=True,
+        quiet=True,
+        optimization="fair",
+    )
+    # At each lost connection, though the setting is explicit; Celery has just switched it on.
+    warnings.simplefilter("ignore", CPendingDeprecationWarning)
+    return worker
 
 
 class _Seldom(logging.Filter):

@@ -131,7 +131,8 @@ class Watchdog:
         else:
             log.error("%d tokens and nobody hears them: the worker starts anew", tokens)
             with self._working:
-                self._again()
+                if not self._stop.is_set():
+                    self._again()
 
 
 def _break_connection() -> None:

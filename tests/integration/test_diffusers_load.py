@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -348,3 +350,16 @@ def test_index_json_of_a_class_that_is_not_there(tmp_path: Path) -> None:
     index.write_text(json.dumps({**told, "vae": ["os", "system"]}))
     message = refusal(ModelNotLoaded, folder, components={"vae": str(tiny("sd15") / "vae")})
     assert "neither library has a os.system" in message
+
+
+def test_a_killed_engine_leaves_no_semaphore_behind() -> None:
+    code = (
+        "import sys; from pathlib import Path; from farm.catalog import Weights;"
+        "from workers.child import Child; from workers.engine import EngineConfig;"
+        "child = Child(EngineConfig('diffusers', 'm', Weights(path=Path(sys.argv[1])), 'cpu'));"
+        "child.start(); child.kill()"
+    )
+    words = [sys.executable, "-c", code, str(tiny("sd15"))]
+    ran = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "leaked" not in ran.stderr

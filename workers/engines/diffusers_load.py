@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 import transformers
 from diffusers.models import modeling_utils
 from huggingface_hub.utils.tqdm import disable_progress_bars
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from farm.errors import InvalidConfig, ModelNotLoaded
 from farm.weight_files import PICKLES
@@ -82,6 +84,7 @@ def _quieten() -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     disable_progress_bars()
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves behind
 
 
 def _device(name: str | None) -> torch.device:
