@@ -167,7 +167,7 @@ def _call(argv: list[str], waits: bool) -> tuple[int, str, str]:
             signal.signal(signal.SIGALRM, before)
     # Python shows a Ctrl-C that came while something was collected, and goes on
     told = err.getvalue()
-    return code, out.getvalue(), "" if "\nKeyboardInterrupt" in told else told
+    return code, out.getvalue(), "interrupted" if "\nKeyboardInterrupt" in told else told
 
 
 def _interrupt(*_: object) -> None:

@@ -271,7 +271,8 @@ async def ask(app: Any, asked: Asked) -> Answer:
     async def receive() -> dict[str, Any]:
         if todo:
             return todo.pop(0)
-        await done.wait()
+        with contextlib.suppress(TimeoutError):  # events of a batch that is queued again go on
+            await asyncio.wait_for(done.wait(), 1)
         return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:

@@ -105,7 +105,7 @@ def message(rng: Random) -> bytes:
         },
     }
     for _ in range(rng.randrange(3)):
-        place = rng.choice((made, made, made["headers"], made["properties"]))
+        place = rng.choice((made, made, made.get("headers"), made.get("properties")))
         if not isinstance(place, dict):
             continue
         name = rng.choice((*place, *_HEADERS, words.text(rng)[:50]))
