@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -53,7 +54,8 @@ _PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 _LOST = (httpx.TooManyRedirects, httpx.UnsupportedProtocol, httpx.InvalidURL)
 _BLOCK = 1 << 16
 MOST_BYTES = 1 << 30  # of one answer
-_SOON_S = 5  # a limit that ends within so many seconds is waited for
+_SOON_S = 5  # a limit that ends within so many seconds is waited for,
+_PATIENCE_S = 60.0  # and so long in all
 _TYPES = {form: kind for kind, form in reversed(prompt_files.MEDIA_TYPES.items())}
 
 
@@ -61,7 +63,8 @@ class FarmClient:
     """A farm over HTTP. Its methods are those of Farm and raise the same kinds of FarmError.
 
     What can be sent again without harm is, four times in 8 seconds, when the server is away; a
-    submit too, since it carries an idempotency key. Raises EnvironmentFault in the end.
+    submit too, since it carries an idempotency key. A limit that passes is waited for, a minute at
+    most. Raises EnvironmentFault in the end.
     """
 
     def __init__(self, url: str, token: str | None = None) -> None:
@@ -259,7 +262,8 @@ class FarmClient:
         timeout: httpx.Timeout = _TIMES,
         follow: bool = False,
     ) -> httpx.Response:
-        for pause_s in (*_PAUSES_S, None):
+        pauses, until = iter(_PAUSES_S), time.monotonic() + _PATIENCE_S
+        while True:
             try:
                 answer = self._http.request(
                     method, path, params=params, headers=headers, timeout=timeout,
@@ -269,16 +273,15 @@ class FarmClient:
                 sentence = f"{self._shown} sends to where nothing can be had: {error}"
                 raise EnvironmentFault(sentence) from error
             except httpx.TransportError as error:
-                if pause_s is None:
+                if (pause_s := next(pauses, None)) is None:
                     sentence = f"{self._shown} does not answer: {error}"
                     raise EnvironmentFault(sentence) from error
             else:
                 if answer.is_success or answer.status_code == 304:
                     return answer
-                if pause_s is None or not _passes(answer):
+                if (pause_s := _pause(answer, pauses, until)) is None:
                     raise _failure(answer)
             time.sleep(pause_s)
-        raise AssertionError("the last try returns or raises")
 
     def close(self) -> None:
         self._http.close()
@@ -322,11 +325,15 @@ class _BoundedStream(httpx.SyncByteStream):
         self._stream.close()
 
 
-def _passes(answer: httpx.Response) -> bool:
-    """Whether the same request may well succeed in a moment."""
+def _pause(answer: httpx.Response, pauses: Iterator[float], until: float) -> float | None:
+    """Seconds after which the same request may well succeed; None: it will not."""
+    if answer.status_code in (409, 503):
+        return next(pauses, None)
     wait = answer.headers.get("Retry-After", "")
     soon = wait.isdecimal() and int(wait[:9]) <= _SOON_S
-    return answer.status_code in (409, 503) or (answer.status_code == 429 and soon)
+    if answer.status_code != 429 or not soon or time.monotonic() > until:
+        return None
+    return random.uniform(0.2, 1) * max(1, int(wait))  # so that many do not come back at once
 
 
 def _batch(row: Mapping[str, Any]) -> BatchStatus:
@@ -357,6 +364,8 @@ def _failure(answer: httpx.Response) -> FarmError:
     if code == InvalidPromptFile.code:
         return InvalidPromptFile(sentence, [RowError(**fault) for fault in faults])
     known = by_code(code, sentence)
+    if answer.status_code == 429 and known.code != code:
+        return EnvironmentFault(sentence)
     if type(known) is FarmError and answer.status_code < 500:
         return Invalid(sentence)
     return known

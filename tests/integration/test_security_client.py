@@ -14,7 +14,7 @@ import pytest
 
 from farm import client as client_room
 from farm.client import FarmClient
-from farm.errors import EnvironmentFault
+from farm.errors import EnvironmentFault, QuotaExceeded
 from farm.pictures import sha256
 
 BATCH = "0f9k2m4x7q3w5t8b"
@@ -117,6 +117,58 @@ def test_redirects_end_and_other_schemes_are_not_followed(tmp_path: Path) -> Non
         ):
             client.download(BATCH, tmp_path)
         assert len(farm.seen) < 10
+
+
+def limited(times: int, wait_s: int, told: dict[str, str]) -> Any:
+    """Refuses so many times, then sends the picture."""
+    left = iter(range(times))
+
+    def picture(it: Any) -> None:
+        if next(left, None) is None:
+            it.answer(PICTURE)
+        else:
+            it.answer(json.dumps(told).encode(), 429, Retry_After=str(wait_s))
+
+    return picture
+
+
+LIMIT = {"code": "ERR_RATE_LIMIT", "detail": "more than 8 bodies at once", "errors": []}
+QUOTA = {"code": "ERR_QUOTA_EXCEEDED", "detail": "may have 2 jobs queued", "errors": []}
+
+
+def test_a_limit_that_passes_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(client_room.time, "sleep", slept.append)
+    with hostile(limited(20, 5, LIMIT)) as (_, url), FarmClient(url) as client:
+        assert client.download(BATCH, tmp_path) == 1
+    assert len(slept) == 20
+    assert all(0.5 < pause_s <= 5 for pause_s in slept)
+    assert len(set(slept)) > 1, "many clients do not come back at once"
+
+
+@pytest.mark.parametrize(
+    ("patience_s", "wait_s", "told", "kind"),
+    [
+        (0.0, 1, LIMIT, EnvironmentFault),
+        (60.0, 60, LIMIT, EnvironmentFault),
+        (60.0, 60, QUOTA, QuotaExceeded),
+    ],
+)
+def test_a_limit_that_does_not_pass_is_told(
+    patience_s: float,
+    wait_s: int,
+    told: dict[str, Any],
+    kind: type[Exception],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client_room, "_PATIENCE_S", patience_s)
+    with (
+        hostile(limited(3, wait_s, told)) as (_, url),
+        FarmClient(url) as client,
+        pytest.raises(kind, match=told["detail"]),
+    ):
+        client.download(BATCH, tmp_path)
 
 
 @pytest.mark.parametrize("headers", [{}, {"Content_Encoding": "gzip"}])
