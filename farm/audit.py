@@ -196,7 +196,7 @@ def _check_objects(
     """Objects that nothing names: those of claims that are over, and old ones of nobody."""
     for some in chunks(blobs.list(prefix)):
         told.objects += len(some)
-        passed, old = _orphans(db, some)
+        passed, old = _orphans(db, blobs, some)
         for key in passed:
             told.find("orphan", key, f"no job names the object {key}, whose claim is over")
         for key in old:
@@ -205,14 +205,26 @@ def _check_objects(
         progress(told)
 
 
-def _orphans(db: Database, some: Sequence[BlobStat]) -> tuple[set[str], set[str]]:
-    """(pictures of claims that are over, other objects without a name that are a day old)."""
+def _orphans(
+    db: Database, blobs: BlobStore, some: Sequence[BlobStat]
+) -> tuple[list[str], list[str]]:
+    """(pictures of claims that are over, other objects without a name that are a day old).
+
+    Without those that a prune is about to delete, or has deleted since they were listed.
+    """
     keys = [one.key for one in some]
     with db.read() as connection:
         passed = prune.passed_pictures(connection, keys)
     nameless = set(unnamed(db, keys)) - passed
     oldest = time.time() - SAFE_S
-    return passed, {one.key for one in some if one.key in nameless and one.modified < oldest}
+    old = [one.key for one in some if one.key in nameless and one.modified < oldest]
+    with db.read() as connection:
+        going = prune.dropped_among(connection, [*passed, *old])
+
+    def left(keys: Iterable[str]) -> list[str]:
+        return [key for key in keys if key not in going and blobs.stat(key)]
+
+    return left(sorted(passed)), left(old)
 
 
 def _check_holders(told: Audited, db: Database, batch_ids: set[str] | None) -> None:

@@ -217,6 +217,12 @@ def dropped(connection: Connection, limit: int) -> dict[str, int | None]:
     return {row.key: row.size_bytes for row in connection.execute(query)}
 
 
+def dropped_among(connection: Connection, keys: Sequence[str]) -> set[str]:
+    """Those of the keys that are to be deleted."""
+    query = select(dropped_objects.c.key).where(dropped_objects.c.key.in_(keys))
+    return set(connection.scalars(query))
+
+
 def dropped_size(connection: Connection) -> tuple[int, int]:
     """How many objects are to be deleted, and their bytes as far as these are known."""
     size = func.coalesce(func.sum(dropped_objects.c.size_bytes), 0)

@@ -136,6 +136,24 @@ def test_objects_of_nobody_are_wrong_when_they_are_old(
     assert {finding.mend for finding in told.findings} == {"farm prune --orphans"}
 
 
+def test_what_a_prune_is_about_to_delete_is_no_orphan(
+    shop: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows go first, and its objects after they were listed here."""
+    now = time.time()
+    monkeypatch.setattr("farm.audit.time.time", lambda: now + 2 * 86_400)
+    gone, going = shop.rendered("a"), shop.rendered("b")
+    stays = object_key(JobRef("0" * 16, 0), 1, "0" * 32, "png")
+    shop.blobs.put(stays, b"1", "image/png")
+    listed = list(shop.blobs.list("pictures/"))
+    assert len(listed) == 3
+    monkeypatch.setattr(shop.blobs, "list", lambda prefix: (o for o in listed if prefix in o.key))
+    retention.prune(shop.db, shop.blobs, [gone])
+    with shop.db.write() as connection:
+        assert prune.step(connection, going, 9).jobs == 1
+    assert {finding.about for finding in shop.look().findings} == {stays}
+
+
 def test_many_findings_are_counted_and_the_first_are_told(
     shop: Gallery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
