@@ -199,9 +199,11 @@ class _Upkeep:
         with self._db.write() as connection:
             if not leases.take(connection, duty, mine, every_s):
                 return
+        done = False
         try:
             do()
-        except Exception:
-            with self._db.write() as connection:
-                leases.give_up(connection, duty, mine)
-            raise
+            done = not self._stop.is_set()  # else perhaps not to its end
+        finally:
+            if not done:
+                with self._db.write() as connection:
+                    leases.give_up(connection, duty, mine)

@@ -53,11 +53,17 @@ class Report:
 
     def add(self, kind: str, about: str, n: int, text: str) -> None:
         self.repairs.append(Repair(kind, about, n, text))
-        if not self.dry_run:
-            log.warning("%s", text)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+class Log(Report):
+    """Of a repair that nobody asked for: it is told in the log."""
+
+    def add(self, kind: str, about: str, n: int, text: str) -> None:
+        super().add(kind, about, n, text)
+        log.warning("%s", text)
 
 
 def mend_all(
@@ -96,7 +102,7 @@ def reconcile(
 
     `lenient`: let expired ones be, since nobody could beat, and their workers may live.
     """
-    report = report or Report()
+    report = report or Log()
     with db.read() as connection:
         silent = [] if lenient else sessions.expired(connection)
         ended = sessions.orphaned(connection)
@@ -178,7 +184,7 @@ def end_stopped(db: Database, report: Report | None = None) -> int:
 
     In bounded steps; what is left is for the next look. Nothing of them is claimed meanwhile.
     """
-    report = report or Report()
+    report = report or Log()
     with db.read() as connection:
         found = batches.stopping(connection)
     return sum(_end(db, batch_id, unwanted, report) for batch_id, unwanted in found)
@@ -214,7 +220,7 @@ def _cancel(db: Database, batch_id: str, unwanted: bool) -> int:
 
 def remove_abandoned(db: Database, report: Report | None = None) -> None:
     """Remove batches that were never submitted whole; one that was begun ends as it is."""
-    report = report or Report()
+    report = report or Log()
     with db.read() if report.dry_run else db.write() as connection:
         for batch in batches.abandoned(connection, HALF_SUBMITTED_S):
             text = f"batch {batch.id} was never submitted whole"
@@ -233,7 +239,7 @@ def mend_counters(db: Database, batch_ids: Iterable[str], report: Report | None 
 
     Counting locks nothing; a batch that differs is locked for the time of a second count.
     """
-    report = report or Report()
+    report = report or Log()
     for batch_id in batch_ids:
         with db.read() as connection:
             drifts = counters.drift(connection, batch_id)
@@ -251,7 +257,7 @@ def mend_counters(db: Database, batch_ids: Iterable[str], report: Report | None 
 
 def remove_objects(db: Database, blobs: BlobStore, report: Report | None = None) -> None:
     """Delete objects whose rows are gone, and pictures of claims that are over."""
-    report = report or Report()
+    report = report or Log()
     for what, told in (
         ("whose rows were pruned", retention.sweep(db, blobs, dry_run=report.dry_run)),
         ("that no job names", retention.prune_passed(db, blobs, dry_run=report.dry_run)),

@@ -167,8 +167,9 @@ def reconcile(
 
     Jobs that dead workers hold go back, counters are compared with a full
     count, lanes are rung, objects that no job will ever name are deleted. Safe
-    beside a farm at work. Exits with 1 if something was away, and could not be
-    looked at.
+    beside a farm at work; just after an outage of the database give workers
+    half a minute to beat first. Exits with 1 if something was away, and could
+    not be looked at.
     """
     from farm.reconcile import mend_all
 

@@ -293,6 +293,18 @@ def test_upkeep_that_failed_is_due_again(shop: Gallery, monkeypatch: pytest.Monk
     assert shop.states(about["done"]) == {"succeeded": 2}
 
 
+def test_upkeep_that_was_stopped_is_due_again(
+    shop: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = harm(shop, monkeypatch)
+    stopping = upkeep(shop)
+    stopping._stop.set()
+    stopping.look()
+    shop.miscount(about["done"], queued=3)
+    upkeep(shop).look()
+    assert set(shop.look().wrong) == {"held"}
+
+
 def test_a_blob_store_that_is_not_set_up_is_told_once(
     shop: Gallery, caplog: pytest.LogCaptureFixture
 ) -> None:

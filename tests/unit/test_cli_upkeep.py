@@ -144,9 +144,10 @@ def test_reconcile_says_what_it_would_do_then_does_it(run: Run, shop: Gallery) -
     assert shop.look().wrong == {"counters": 1, "held": 1}
     code, out, _ = run("reconcile", "-h")
     assert "Safe" in out
-    code, out, _ = run("-q", "reconcile")
+    code, out, err = run("reconcile")
     assert "expired; jobs of it go back: 1" in out
     assert "shapes: failed 7, not 0" in out
+    assert "expired" not in err, "nothing is told twice"
     assert shop.look().ok
 
 
