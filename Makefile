@@ -58,14 +58,14 @@ lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# The audit asks the advisory service of pypi.org about every pinned package; it needs a network.
+# The audit asks the public advisory service about every pinned package; it needs a network.
 AUDIT := pip-audit --requirement constraints.txt --disable-pip --no-deps --strict \
 	--progress-spinner off
 check: lint ## Check style and types, look for secrets in the repository, audit the dependencies
 	$(BIN)/python -m tests.leaked
 	$(PIP) install $(QUIET) --group audit
 	@$(BIN)/$(AUDIT) || { echo "Not passed: a package above has a known fault, or \
-	could not be asked about (is pypi.org reachable from here?)"; exit 1; }
+	could not be asked about (is there a network?)"; exit 1; }
 
 format: $(VENV)/.dev ## Mend style
 	$(BIN)/ruff check --fix
