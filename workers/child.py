@@ -84,6 +84,7 @@ class Child:
         self._decoding = Phase("while it decoded pictures", decode_timeout_s, "decode_timeout_s")
         self._phase = self._stepping
         self._reading_since: float | None = None  # a message, monotonic
+        self._sending_since: float | None = None  # an order
         self._process: SpawnProcess | None = None
         self._pipe: Connection | None = None  # what it says
         self._orders: Connection | None = None
@@ -170,16 +171,16 @@ class Child:
         return self._loading.limit_s + max(self._stepping.limit_s, self._decoding.limit_s)
 
     def end_if_frozen(self) -> None:
-        """Kill a process that stopped within a message, where its reader waits without an end.
+        """Kill a process that stopped within a message, where its other end waits without an end.
 
-        To be called from time to time. Safe from any thread.
+        To be called from time to time. Safe from any thread; takes no lock, for whoever waits to
+        send a bundle holds it.
         """
-        with self._sending:
-            since = self._reading_since
-            if since is None or monotonic() - since <= self._phase.limit_s or not self._process:
-                return
+        process, began = self._process, (self._reading_since, self._sending_since)
+        since = min((at for at in began if at is not None), default=None)
+        if process and since is not None and monotonic() - since > self._phase.limit_s:
             self._frozen = True
-            self._process.kill()
+            process.kill()
 
     def kill(self) -> None:
         """End the process at once; harmless when there is none. Safe from any thread."""
@@ -223,6 +224,7 @@ class Child:
         self._bundle += 1
         self._specs, self._open, self._left = tuple(specs), len(specs), set(range(len(specs)))
         self._running, self._unwanted, self._inputs = frozenset(), frozenset(), inputs
+        self._log.trim()
         self._send(Bundle(self._bundle, self._specs, inputs=inputs))
         return self._events(self._bundle)
 
@@ -329,10 +331,13 @@ class Child:
         with self._sending:
             if self._orders is None or self._orders.closed:
                 return
+            self._sending_since = monotonic()
             try:
                 self._orders.send(order)
             except OSError:
                 return
+            finally:
+                self._sending_since = None
 
     def _receive(self) -> Message | list[Rendered]:
         process, pipe, phase = self._process, self._pipe, self._phase

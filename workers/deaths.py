@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from farm.errors import EngineCrashed, EngineFault, EngineHung, EngineKilled
 
+MOST_BYTES = 16 * 2**20
+"""Of the log of an engine that talks for weeks."""
 LAST_WORDS = 6
 """Lines of the log that come with the news of a child's death."""
 
@@ -49,6 +52,13 @@ class Log:
     def begin(self) -> None:
         """What comes from now on is the next process'."""
         self._from = self.path.stat().st_size if self.path and self.path.exists() else 0
+
+    def trim(self) -> None:
+        """Empty a file that has grown too large; whoever writes appends, and goes on in it."""
+        with suppress(OSError):
+            if self.path and self.path.stat().st_size > MOST_BYTES:
+                os.truncate(self.path, 0)
+                self._from = 0
 
     def last_words(self) -> str:
         """To be put behind a sentence; empty when it said nothing."""

@@ -88,10 +88,10 @@ class Heart:
         beat_every, since = max(1, round(self._ttl / 4 / every)), 0
         while not self._stop.wait(every):
             since += 1
-            told = self._told()
-            rests = told.state == "resting"
             try:
                 self._watch()
+                told = self._told()
+                rests = told.state == "resting"
                 if since >= beat_every or rests != self._rests:  # others may take its work
                     self._beat(told)
                     self._rests = rests

@@ -388,5 +388,5 @@ class Keeper:
             key = self._unwanted.popleft()
             try:
                 self._blobs.delete([key])
-            except EnvironmentFault as error:
-                log.warning("%s is left over: %s", key, error.message)
+            except Exception as error:  # this thread has pictures to record
+                log.warning("%s is left over: %s", key, error)

@@ -131,7 +131,7 @@ class Watchdog:
         else:
             log.error("%d tokens and nobody hears them: the worker starts anew", tokens)
             with self._working:
-                if not self._stop.is_set():
+                if self._restarts and not self._stop.is_set():  # no token was heard meanwhile
                     self._again()
 
 

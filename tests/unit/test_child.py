@@ -27,6 +27,7 @@ from farm.errors import (
     ModelNotLoaded,
 )
 from farm.spec import JobSpec
+from workers import deaths
 from workers.child import Child
 from workers.engine import EngineConfig
 from workers.messages import Cap, Event, Failed, GivenBack, Progress, Rendered, Shipped, Started
@@ -425,6 +426,37 @@ def test_a_process_that_stops_within_a_message_is_ended(make: Make) -> None:
     with pytest.raises(EngineHung, match=r"stopped within a message for 0\.5 s during a render"):
         next(events)
     thread.join()
+
+
+def test_a_process_that_reads_no_bundle_is_ended(make: Make) -> None:
+    child = make(timeout_s=0.5)
+    process = child._process
+    assert process
+    assert process.pid
+    os.kill(process.pid, signal.SIGSTOP)
+
+    def heart() -> None:
+        while process.is_alive():
+            child.end_if_frozen()
+            process.join(0.05)
+
+    thread = threading.Thread(target=heart)
+    thread.start()
+    with pytest.raises(EngineHung, match=r"stopped within a message for 0\.5 s during a render"):
+        list(child.render([spec()], {"inputs/large": bytes(2**22)}))  # more than a pipe holds
+    thread.join()
+
+
+def test_the_log_of_an_engine_that_talks_for_weeks_is_bounded(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deaths, "MOST_BYTES", 1000)
+    child, log = make(), tmp_path / "engine.log"
+    log.write_text("what it said before\n" * 100)
+    assert ends(list(child.render([spec()]))) == {0: "rendered"}
+    assert log.stat().st_size < 1000
+    with pytest.raises(EngineCrashed, match=r"its last words: .*[Aa]bort"):
+        list(child.render([spec("!crash")]))
 
 
 def test_a_model_that_was_changed_is_not_loaded_again(make: Make) -> None:
