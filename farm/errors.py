@@ -200,7 +200,7 @@ class StorageUnavailable(EnvironmentFault):
 
 
 class StorageRefused(StorageUnavailable):
-    """The blob store answers, and refuses what this process may or says: a person must mend it."""
+    """The blob store answers, and takes nothing from this process: a person must mend that."""
 
     code = "ERR_STORAGE_REFUSED"
 
