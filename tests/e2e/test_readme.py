@@ -97,5 +97,5 @@ def test_the_two_commands_and_every_farm_command_exist() -> None:
 def test_settings_named_in_the_readme_exist() -> None:
     from farm.config import Settings
 
-    known = {f"FARM_{name.upper()}" for name in Settings.model_fields}
+    known = {f"FARM_{name.upper()}" for name in Settings.model_fields} | {"FARM_SECRETS_DIR"}
     assert set(re.findall(r"FARM_[A-Z0-9_]+", README)) <= known
