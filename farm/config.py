@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -219,7 +220,10 @@ def redact(url: str) -> str:
     whose, at, rest = url.rpartition("@")
     if url.startswith(("sqlite:", "file:")) or not at:
         whose, at, rest = "", "", url
-    scheme, slashes, user = whose.rpartition("://")
+    scheme, slashes, user = whose.partition("://") if "://" in whose else ("", "", whose)
+    if "?" in user:  # the @ is one of the query, or the ? one of the password
+        name = re.split("[:?]", user, maxsplit=1)[0] if slashes else ""
+        return f"{scheme}{slashes}{name}?**********"
     name, colon, _ = user.partition(":")
     who = f"{name}{at}" if slashes and not colon else f"{name if slashes else ''}:**********{at}"
     place, mark, _ = rest.partition("?")

@@ -91,11 +91,21 @@ def test_redact() -> None:
 @pytest.mark.parametrize(
     "url",
     ["rser:pw@h/0", "pw@h", "redis//u:pw@h", "redis://u:a/pw@h", "redis://u:a#pw@h", "redis://u:a@pw@h",
-     "redis://u:a?pw@h", "redis:///u:pw@h", "http://[u:pw@h", "re dis://u:pw@h"],
+     "redis:///u:pw@h", "http://[u:pw@h", "re dis://u:pw@h"],
 )  # fmt: skip
 def test_a_password_is_hidden_in_a_url_that_is_none(url: str) -> None:
     assert "pw" not in redact(url)
     assert "@h" in redact(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["postgresql://u@h/db?host=/tmp&password=pw@pw", "postgresql://h:5432/db?password=pw@pw",
+     "postgresql://h/db?password=pw@pw", "redis://:pw@h/0?x=http://y@z", "redis://u:a?pw@h",
+     "u:pw?x@h"],
+)  # fmt: skip
+def test_a_password_is_hidden_where_an_at_sign_stands_behind_a_question_mark(url: str) -> None:
+    assert "pw" not in redact(url)
 
 
 def test_a_home_that_cannot_be_has_no_catalogue() -> None:
