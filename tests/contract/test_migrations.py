@@ -227,8 +227,8 @@ def test_two_upgrades_at_once_and_workers_that_go_on(database_url: str) -> None:
         db.close()
 
     workers = [threading.Thread(target=work) for _ in range(3)]
-    upgrades = [threading.Thread(target=schema.upgrade, args=[Database(database_url)])
-                for _ in range(2)]  # fmt: skip
+    others = [Database(database_url) for _ in range(2)]
+    upgrades = [threading.Thread(target=schema.upgrade, args=[other]) for other in others]
     for thread in (*workers, *upgrades):
         thread.start()
     for thread in upgrades:
@@ -241,7 +241,8 @@ def test_two_upgrades_at_once_and_workers_that_go_on(database_url: str) -> None:
         thread.join(60)
     assert troubles == []
     assert schema.fit(old) is Fit.CURRENT
-    old.close()
+    for db in (old, *others):
+        db.close()
 
 
 def test_code_works_on_a_newer_schema_down_to_its_floor(

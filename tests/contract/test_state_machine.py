@@ -38,7 +38,6 @@ from farm.pictures import object_key
 from farm.states import JobState
 from farm.store import batches, jobs, owners, prune, reuse, schema, sessions
 from farm.store import tables as t
-from farm.store.db import Database
 from farm.store.ids import JobRef
 from farm.store.jobs import Claim, Picture
 from farm.verdict import give_back, settle_failure
@@ -380,8 +379,8 @@ def test_no_sequence_of_steps_breaks_the_store(
     monkeypatch.setattr(submitting, "FIRST_CHUNK", 1)
     monkeypatch.setattr(t, "AVOID_S", 86_400.0)  # an example may take long
     monkeypatch.setattr(sessions, "AWAY_S", 86_400.0)
-    schema.upgrade(Database(database_url))
     machine = type("Attack", (Attack,), {"db": Fragile(database_url), "seen": Counter()})
+    schema.upgrade(machine.db)
     about = settings(
         max_examples=50 if NIGHTLY else 8,
         stateful_step_count=100 if NIGHTLY else 40,

@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
 from sqlalchemy import Connection, select, text
@@ -212,21 +213,18 @@ def _while_another_waits(
     url: str, first: Callable[[Connection], object], then: Callable[[Connection], object]
 ) -> None:
     """Commit `first` when `then`, in another transaction, waits for it; raise what `then` does."""
-    db, other = Database(url), Database(url)
 
     def run() -> None:
         with other.write() as connection:
             then(connection)
 
-    with ThreadPoolExecutor(1) as pool:
-        with db.write() as connection:
+    waits = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+    with closing(Database(url)) as db, closing(Database(url)) as other:
+        with ThreadPoolExecutor(1) as pool, db.write() as connection:
             first(connection)
             waiting = pool.submit(run)
-            waits = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
             servers.poll(lambda: bool(connection.scalar(waits)), "one who waits", 20)
         waiting.result(20)
-    db.close()
-    other.close()
 
 
 def test_limits_set_by_two_at_once(pg_url: str) -> None:
