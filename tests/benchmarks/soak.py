@@ -36,7 +36,7 @@ defaults = { width = 16, height = 16, steps = 1, guidance_scale = 1.0 }
 micro_batch = 64
 """
 EVERY_S = 5.0  # between samples
-WARM_UP = 0.25  # of the time
+WARM_UP = 0.5  # of the time: the allocator takes some 400,000 jobs to find its size
 KEPT = 2  # batches of each model that have ended and are not pruned yet
 BATCH = {"fast": 10_000, "shapes": 100}
 BLOCKS = 10
@@ -202,7 +202,16 @@ def table(series: dict[str, Series]) -> tuple[list[str], bool]:
             f"| {rss.slope / 2**10:+.1f} KiB | {rss.noise / 2**10:.1f} KiB "
             f"| {open_files.first:.0f} .. {open_files.last:.0f} | {open_files.slope:+.2f} |"
         )
-    return lines, flat
+    return [*lines, "", *_courses(series)], flat
+
+
+def _courses(series: dict[str, Series]) -> list[str]:
+    """The whole course of each process' memory, the warm-up too: medians of BLOCKS stretches."""
+    lines = []
+    for name, one in series.items():
+        medians = [np.median(block) / 2**20 for block in np.array_split(one.rss, BLOCKS)]
+        lines.append(f"{name}, MiB: {' '.join(f'{rss:.0f}' for rss in medians)}")
+    return lines
 
 
 def main() -> int:
