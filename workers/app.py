@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,11 +31,12 @@ from farm.service import Farm
 from farm.units import GB, parse_size
 from workers.child import Child
 from workers.engine import EngineConfig
-from workers.runner import Runner
+from workers.runner import Runner, hard_stop
 from workers.watchdog import Watchdog
 
 log = logging.getLogger("farm.worker")
 SELDOM_S = 60.0
+HARD_STOP_S = 8.0  # after the grace: whatever hangs, the process ends
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -158,6 +160,9 @@ def _consume(farm: Farm, lane: Lane, runner: Runner, again: Callable[[], None]) 
 
     def stop(**_: Any) -> None:
         watchdog.stop()
+        end = threading.Timer(farm.settings.shutdown_grace_s + HARD_STOP_S, hard_stop)
+        end.daemon = True
+        end.start()
         runner.stop()
 
     app = farm.broker.app

@@ -49,7 +49,6 @@ from workers.spool import Spool
 from workers.stall import Stall
 
 log = logging.getLogger(__name__)
-HARD_STOP_S = 8.0  # after the grace: whatever hangs, the process ends
 STALL_S = 60.0  # beyond the engine's own limits, that a bundle under way may give no sign
 SHUTDOWN = "its worker was shut down"
 LOST = "its worker's session was lost"
@@ -325,7 +324,7 @@ class Runner:
         self._child.end_if_frozen()
         if self._stall.look():
             log.critical("no sign of the render loop for longer than its limits")
-            _hard_stop()
+            hard_stop()
 
     def _cancel(self, refs: set[JobRef]) -> None:
         with self._bundle_lock:
@@ -351,11 +350,9 @@ class Runner:
         self._stop_asked.set()
         log.info("stopping: the pictures under way are finished, the rest goes back")
         self._stopping.set()
-        grace = self._settings.shutdown_grace_s
-        for after_s, do in ((grace, self._child.kill), (grace + HARD_STOP_S, _hard_stop)):
-            timer = threading.Timer(after_s, do)
-            timer.daemon = True
-            timer.start()
+        timer = threading.Timer(self._settings.shutdown_grace_s, self._child.kill)
+        timer.daemon = True
+        timer.start()
         self._keeper.hurry()
         self._child.stop_after_current()
 
@@ -376,6 +373,7 @@ class Runner:
         self._child.close()
 
 
-def _hard_stop() -> None:
+def hard_stop() -> None:
+    """End this process at once."""
     log.critical("something hangs; the worker ends without waiting, its session will expire")
     os._exit(1)

@@ -182,8 +182,10 @@ def _outage(seen: Seen, redis: RedisServer, url: str, token: str) -> None:
     until(lambda: re.search("(?i)connect", kit.log("worker-fake-one")), 30)
     seen.ask(url, "/readyz", token, 503)
     redis.start()
-    redis.command("CONFIG", "SET", "requirepass", "another")
-    until(lambda: re.search("(?i)auth|wrongpass|password", kit.log("dispatcher")), 30)
+    redis.command("CONFIG SET requirepass another\r\nCLIENT KILL TYPE normal")
+    seen.ask(url, "/readyz", token, 503)
+    refused = re.compile("(?i)wrongpass|invalid username-password|invalid password")
+    until(lambda: refused.search(kit.log("serve")), 30)
 
 
 def _objects(seen: Seen, server: S3Server, bucket: str) -> None:

@@ -216,7 +216,7 @@ def test_a_worker_whose_render_loop_hangs_ends_hard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended = threading.Event()
-    monkeypatch.setattr(runner, "_hard_stop", ended.set)
+    monkeypatch.setattr(runner, "hard_stop", ended.set)
     with worker(tmp_path) as (lone, _):
         lone.runner._stall._limit_s = 0.5
         gate = threading.Event()
