@@ -163,8 +163,10 @@ def named_pictures(connection: Connection, keys: Iterable[str]) -> set[str]:
     asked, owner = _asked(connection, claims)
     own = select(asked.c.object_key).join(jobs, owner)
     own = own.where(or_(jobs.c.object_key == asked.c.object_key, _under_way(asked)))
-    # one look at the index for each key, however many are linked to it
-    link = select(jobs.c.idx).where(jobs.c.object_key == asked.c.object_key, _LINKED).limit(1)
+    # One look at the index a key, however many are linked to it. A range in order, which only
+    # the index has: with an equation and few statistics PostgreSQL reads the table for each key.
+    same = and_(jobs.c.object_key >= asked.c.object_key, jobs.c.object_key <= asked.c.object_key)
+    link = select(jobs.c.object_key).where(same, _LINKED).order_by(jobs.c.object_key).limit(1)
     linked = select(asked.c.object_key)
     linked = linked.where(link.correlate(asked).scalar_subquery().is_not(None))
     return strange.union(connection.scalars(own), connection.scalars(linked))
