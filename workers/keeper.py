@@ -328,7 +328,7 @@ class Keeper:
             try:
                 one.entry = self._spool.add(self._name(one.claim), data, one.render_s)
             except SpoolFull as error:
-                self._outage.notice_spool(error.message)
+                self._outage.notice_spool(str(error))
                 return False
             self._outage.spool = ""
             self._free(one)

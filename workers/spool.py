@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from farm.catalog import Lane
-from farm.errors import BlobDamaged, EnvironmentFault
+from farm.errors import BlobDamaged
 from farm.pictures import sha256
 from farm.units import show_size
 
@@ -33,7 +33,7 @@ KEEP_S = 3 * 86_400.0  # loose pictures whose jobs nobody claimed here
 LOCK, LOOSE, PARTIAL = "lock", "loose", ".part-"
 
 
-class SpoolFull(EnvironmentFault):
+class SpoolFull(Exception):
     """No more pictures can be held on this machine's disk."""
 
 

@@ -135,7 +135,7 @@ def test_help_of_every_command_can_be_shown(path: str, run: Run) -> None:
 def test_examples_name_options_that_exist(path: str) -> None:
     tree = dict(commands())
     for line in re.findall(r"\$ (.+)\[/cyan\]", tree[path].epilog or ""):
-        for part in re.split(r"&&|\|", line):
+        for part in re.split(r"&&|;|\|", line):
             words = re.sub(r'"[^"]*"|--home \S+', "", part).split()
             if not words or words[0] != "farm":
                 continue
@@ -149,7 +149,7 @@ def test_what_every_command_is_for(run: Run) -> None:
     """The commands that a person was promised."""
     expected = "submit status jobs watch results cancel retry pause resume prune models up worker"
     names = set(get_command(app).commands)  # type: ignore[attr-defined]
-    service = "workers dispatcher serve token owner db doctor config"
+    service = "workers dispatcher serve token owner db doctor config audit reconcile"
     assert names == {*expected.split(), *service.split()}
 
 
@@ -446,7 +446,10 @@ def test_submit_standard_input(home: Path) -> None:
 
 
 def test_a_batch_that_partly_failed(run: Run, client: Farm, tmp_path: Path) -> None:
-    batch = run("submit", "one", "two", "three", "--name", EVIL).out.strip()
+    refused = run("submit", "one", "--name", EVIL)
+    assert (refused.code, "U+001B" in refused.err) == (2, True)
+    name = EVIL.replace("\x1b", "").replace("\x07", "")
+    batch = run("submit", "one", "two", "three", "--name", name).out.strip()
     work(client, failing=1)
     shown = run("status", batch[:12])
     assert shown.code == 0
