@@ -122,10 +122,7 @@ def prune_orphans(
         for some in chunks(blobs.list(prefix)):
             sizes = {one.key: one.size for one in some if one.modified < oldest}
             orphans = unnamed(db, list(sizes))
-            if not dry_run:
-                blobs.delete(orphans)
-            told.objects += len(orphans)
-            told.bytes += sum(sizes[key] for key in orphans)
+            _delete(blobs, told, {key: sizes[key] for key in orphans}, dry_run=dry_run)
             progress(told)
     return told
 
@@ -143,12 +140,17 @@ def prune_passed(
         sizes = {one.key: one.size for one in some}
         with db.read() as connection:
             passed = store.passed_pictures(connection, sizes)
-        if not dry_run:
-            blobs.delete(passed)
-        told.objects += len(passed)
-        told.bytes += sum(sizes[key] for key in passed)
+        _delete(blobs, told, {key: sizes[key] for key in passed}, dry_run=dry_run)
         progress(told)
     return told
+
+
+def _delete(blobs: BlobStore, told: Pruned, sizes: dict[str, int], *, dry_run: bool) -> None:
+    """Delete these objects, given with their bytes, and count them."""
+    if not dry_run:
+        blobs.delete(sizes)
+    told.objects += len(sizes)
+    told.bytes += sum(sizes.values())
 
 
 def sweep(db: Database, blobs: BlobStore, *, dry_run: bool = False) -> Pruned:
