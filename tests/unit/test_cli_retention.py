@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import typer
 
-from farm.cli import main
 from farm.cli import prune as prune_command
-from farm.cli.context import use
 from farm.config import Settings
 from farm.errors import InvalidParameter, OutOfMemory
 from farm.pictures import object_key
@@ -22,28 +18,16 @@ from farm.service import Farm
 from farm.store import jobs
 from farm.store.jobs import Picture
 from farm.units import parse_duration
+from tests.cli_kit import Run, command_line
 from tests.store_kit import Kit, spec
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Run]:
-    for name in [name for name in os.environ if name.startswith("FARM_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("FARM_HOME", str(tmp_path / "home"))
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-
-    def call(*args: object) -> tuple[int, str, str]:
-        code = main([str(arg) for arg in args])
-        return code, *capsys.readouterr()
-
-    yield call
-    root.handlers[:], root.level = handlers, level
-    use(None, 0, False)
+    with command_line(tmp_path / "home", monkeypatch, capsys) as call:
+        yield call
 
 
 @pytest.fixture

@@ -4,42 +4,26 @@ from __future__ import annotations
 
 import io
 import json
-import logging
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from farm.audit import Audited
 from farm.blobs import BlobStore
-from farm.cli import main
-from farm.cli.context import use
 from farm.service import Farm
+from tests.cli_kit import Run, command_line
 from tests.gallery_kit import Gallery
 from tests.store_kit import spec
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Run]:
-    for name in [name for name in os.environ if name.startswith("FARM_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("FARM_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("FARM_BROKER_URL", f"redis+socket://{tmp_path}/nobody.sock")
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-
-    def call(*args: object) -> tuple[int, str, str]:
-        code = main([str(arg) for arg in args])
-        return code, *capsys.readouterr()
-
-    yield call
-    root.handlers[:], root.level = handlers, level
-    use(None, 0, False)
+    with command_line(tmp_path / "home", monkeypatch, capsys) as call:
+        monkeypatch.setenv("FARM_BROKER_URL", f"redis+socket://{tmp_path}/nobody.sock")
+        yield call
 
 
 @pytest.fixture
