@@ -98,6 +98,7 @@ def test_no_healthy_worker_is_lost_to_a_batch_of_bad_jobs(
         lone.work(bad)
         assert lone.farm.status(bad.id).counts["failed"] == 20
         assert lone.farm.status(good.id).counts["succeeded"] == 20
+        lone.work(lone.farm.submit(["well"], model="fake-fast"))  # a picture after the last failure
         until(lambda: told(lone).state == "idle" and not told(lone).note, 10)
         assert {job.failures for job in lone.farm.jobs(bad.id)} == {FAST["max_failures"]}
 
