@@ -33,7 +33,7 @@ $(VENV)/.farm: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: $(VENV)/.farm
 	@echo "Installing what the tests need (stable-diffusion.cpp is built: minutes, a C++ compiler)"
 	CMAKE_ARGS="$(SDCPP_CMAKE)" \
-		$(PIP) install $(QUIET) --editable '.[embedded,diffusers,models,http,client,server,sdcpp,dataset]' --group dev
+		$(PIP) install $(QUIET) --editable '.[embedded,diffusers,models,http,client,server,sdcpp,dataset,provenance]' --group dev
 	@touch $@
 
 .PHONY: install sdcpp demo test test-unit lint check format bench fuzz state chaos soak demo-model clean

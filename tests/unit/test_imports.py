@@ -22,6 +22,7 @@ HEIGHT = {
     "pictures": 5, "inputs": 5, "results": 6, "retention": 6, "verdict": 5,
     "submitting": 5, "preview": 5, "dispatch": 6, "reconcile": 6.5, "dispatcher": 7,
     "audit": 7, "auto": 7,
+    "provenance": 4.5, "notify": 4.5, "schedules": 6.6, "datasets": 8.5,
     "service": 8, "client": 8, "http": 9, "doctor": 9, "embedded": 9,
     "cli": 10, "__main__": 11, "__init__": 11,
 }  # fmt: skip

@@ -1,0 +1,1 @@
+"""Datasets: recipes, their runs, and the shards that runs write."""
