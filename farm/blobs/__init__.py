@@ -18,6 +18,8 @@ from farm.errors import BlobNotFound, InvalidConfig, StorageUnavailable
 MAX_KEY = 512
 MAX_SEGMENT = 255
 MAX_EXPIRES_S = 7 * 24 * 3600
+PIECE = 2**20  # bytes of an object that are in memory at once when it is streamed
+README = "README.md"  # the card of a dataset, whose name is not ours to choose
 
 _SEGMENT = re.compile(r"[a-z0-9][a-z0-9._=-]*")
 _DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")  # files of no name on Windows
@@ -43,8 +45,21 @@ class BlobStore(Protocol):
     def put(self, key: str, data: bytes, content_type: str) -> None:
         """Store `data` whole or not at all; an older object under the key is replaced."""
 
+    def put_file(self, key: str, path: Path, content_type: str) -> None:
+        """As `put`, from a file of any size, which is read piece by piece and stays where it is.
+
+        Raises OSError where the file cannot be read.
+        """
+
     def get(self, key: str) -> bytes:
         """The whole object. Raises BlobNotFound."""
+
+    def chunks(self, key: str, size: int = PIECE) -> Iterator[bytes]:
+        """The object in pieces of `size` bytes, the last one shorter; none of an empty object.
+
+        The first piece asked for raises BlobNotFound; each may raise StorageUnavailable, and then
+        what came before is no whole object.
+        """
 
     def stat(self, key: str) -> BlobStat | None:
         """Key and size, or None where there is no such object."""
@@ -107,11 +122,13 @@ def check_key(key: str) -> str:
     """Return `key` if it is one that every store can hold, else raise ValueError.
 
     Segments of `a-z 0-9 . _ = -` that start with a letter or digit, joined by `/`: at most 512
-    characters in all and 255 a segment, no trailing dot, no device name of Windows.
+    characters in all and 255 a segment, no trailing dot, no device name of Windows. The last one
+    may be `README.md`.
     """
     if not isinstance(key, str) or not key or len(key) > MAX_KEY:
         raise ValueError(f"a blob key has 1 to {MAX_KEY} characters: {str(key)[:80]!r}")
-    for segment in key.split("/"):
+    segments = key.split("/")
+    for segment in segments[:-1] if segments[-1] == README else segments:
         if not _SEGMENT.fullmatch(segment) or segment.endswith("."):
             raise ValueError(f"bad blob key {key[:80]!r}: the segment {segment[:80]!r}")
         if len(segment) > MAX_SEGMENT or _DEVICE.fullmatch(segment):

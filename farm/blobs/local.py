@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
-from farm.blobs import BlobStat, check_expiry, check_key, check_prefix, is_key, probe
+from farm.blobs import PIECE, BlobStat, check_expiry, check_key, check_prefix, is_key, probe
 from farm.errors import BlobNotFound, StorageRefused, StorageUnavailable
 
 _TEMPORARY = ".tmp-"  # no key starts with a dot
@@ -35,11 +36,18 @@ class LocalBlobs:
         self._syncs = _SharedSyncs()
 
     def put(self, key: str, data: bytes, content_type: str) -> None:
+        self._put(key, (data,))
+
+    def put_file(self, key: str, path: Path, content_type: str) -> None:
+        with path.open("rb") as file:
+            self._put(key, _pieces(file, PIECE))
+
+    def _put(self, key: str, pieces: Iterable[bytes]) -> None:
         path = self._path(key)
         temporary = path.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
         try:
             with self._faults(f"write {key}"):
-                _write_aside(temporary, data)
+                _write_aside(temporary, pieces)
                 os.replace(temporary, path)
                 self._syncs.sync(path.parent)
         except BaseException:
@@ -54,6 +62,18 @@ class LocalBlobs:
                 return path.read_bytes()
             except _ABSENT:
                 raise BlobNotFound(f"there is no object {key} in {self.root}") from None
+
+    def chunks(self, key: str, size: int = PIECE) -> Iterator[bytes]:
+        return self._chunks(key, self._path(key), size)
+
+    def _chunks(self, key: str, path: Path, size: int) -> Iterator[bytes]:
+        with self._faults(f"read {key}"):
+            try:
+                file = path.open("rb")
+            except _ABSENT:
+                raise BlobNotFound(f"there is no object {key} in {self.root}") from None
+            with file:
+                yield from _pieces(file, size)
 
     def stat(self, key: str) -> BlobStat | None:
         path = self._path(key)
@@ -203,33 +223,39 @@ def _names(directory: Path) -> list[str]:
             for entry in scan:
                 if not is_key(entry.name):
                     continue
-                if entry.is_dir(follow_symlinks=False):
-                    found.append(entry.name + "/")
-                elif entry.is_file(follow_symlinks=False):
+                if entry.is_file(follow_symlinks=False):
                     found.append(entry.name)
+                elif entry.is_dir(follow_symlinks=False) and is_key(entry.name + "/x"):
+                    found.append(entry.name + "/")
     except _ABSENT:
         return []
     found.sort()
     return found
 
 
-def _write_aside(temporary: Path, data: bytes) -> None:
+def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
+    while piece := file.read(size):
+        yield piece
+
+
+def _write_aside(temporary: Path, pieces: Iterable[bytes]) -> None:
     """Write the file, in a directory that may be made, or removed as empty, at this moment."""
     for left in reversed(range(MOST_TRIES)):
         try:
             _make_directory(temporary.parent)
-            return _write_file(temporary, data)
+            return _write_file(temporary, pieces)
         except (FileNotFoundError, FileExistsError):  # the latter: it went as mkdir looked at it
             if not left:
                 raise
 
 
-def _write_file(path: Path, data: bytes) -> None:
+def _write_file(path: Path, pieces: Iterable[bytes]) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
+        for piece in pieces:
+            rest = memoryview(piece)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import boto3
+from boto3.exceptions import S3UploadFailedError
+from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from farm.blobs import BlobStat, S3Options, check_expiry, check_key, check_prefix, is_key, probe
+from farm.blobs import (
+    PIECE,
+    BlobStat,
+    S3Options,
+    check_expiry,
+    check_key,
+    check_prefix,
+    is_key,
+    probe,
+)
 from farm.blobs.s3_faults import Place, fault, status_of
 from farm.errors import BlobNotFound, InvalidConfig, StorageUnavailable
 
@@ -20,6 +32,8 @@ if TYPE_CHECKING:
 _ATTEMPTS = 3  # the first try and two more; botocore waits up to some seconds between
 _MULTI_DELETE = 1000  # S3's own limit
 _NO_MULTI_DELETE = (400, 405, 411, 501)
+_PART = 8 * 2**20  # bytes of a part; boto3 takes larger ones where 10,000 are too few
+_PARTS_AT_ONCE = 4
 
 
 class S3Blobs:
@@ -43,10 +57,35 @@ class S3Blobs:
                 Bucket=self.bucket, Key=name, Body=data, ContentType=content_type
             )
 
+    def put_file(self, key: str, path: Path, content_type: str) -> None:
+        name = self._name(key)
+        with self._faults(f"write {key}"):
+            self._client.upload_file(
+                Filename=str(path),
+                Bucket=self.bucket,
+                Key=name,
+                ExtraArgs={"ContentType": content_type},
+                Config=TransferConfig(
+                    multipart_threshold=_PART,
+                    multipart_chunksize=_PART,
+                    max_concurrency=_PARTS_AT_ONCE,
+                    preferred_transfer_client="classic",
+                ),
+            )
+
     def get(self, key: str) -> bytes:
         name = self._name(key)
         with self._faults(f"read {key}"):
             return self._client.get_object(Bucket=self.bucket, Key=name)["Body"].read()
+
+    def chunks(self, key: str, size: int = PIECE) -> Iterator[bytes]:
+        return self._chunks(key, self._name(key), size)
+
+    def _chunks(self, key: str, name: str, size: int) -> Iterator[bytes]:
+        with self._faults(f"read {key}"):
+            body = self._client.get_object(Bucket=self.bucket, Key=name)["Body"]
+            with closing(body):
+                yield from body.iter_chunks(size)
 
     def stat(self, key: str) -> BlobStat | None:
         name = self._name(key)
@@ -146,6 +185,10 @@ class S3Blobs:
             yield
         except (BotoCoreError, ClientError) as exc:
             raise fault(action, self._place, exc) from exc
+        except S3UploadFailedError as exc:  # what boto3's upload_file makes of a ClientError
+            if not isinstance(cause := exc.__context__, ClientError):
+                raise
+            raise fault(action, self._place, cause) from cause
 
 
 def _client(options: S3Options) -> S3Client:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import random
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 
 from farm.blobs import (
     MAX_EXPIRES_S,
+    PIECE,
     BlobStat,
     BlobStore,
     S3Options,
@@ -41,6 +45,9 @@ HOSTILE = {
     "umlaut": "bücher/1",
     "dash first": "-rf",
     "trailing dot": "a./b",
+    "card as a directory": "README.md/a",
+    "another readme": "README.txt",
+    "card in other letters": "a/Readme.md",
     "device": "a/con",
     "device with extension": "nul.png",
     "5000 characters": "a" * 5000,
@@ -51,6 +58,11 @@ HOSTILE = {
 
 def keys(store: BlobStore, prefix: str = "") -> list[str]:
     return [found.key for found in store.list(prefix)]
+
+
+def written(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
 
 
 def refuses(action: Callable[[str], object], key: str) -> bool:
@@ -87,6 +99,60 @@ def test_eight_megabytes(blob_store: BlobStore) -> None:
     assert blob_store.get("big") == data
 
 
+def test_a_file_in_parts_comes_back_piece_by_piece(blob_store: BlobStore, tmp_path: Path) -> None:
+    size = 20 * 2**20 + 3
+    path = written(tmp_path / "shard", random.Random(1).randbytes(size))
+    tracemalloc.start()
+    blob_store.put_file("a/shard.tar", path, "application/x-tar")
+    digest, pieces = hashlib.sha256(), []
+    for piece in blob_store.chunks("a/shard.tar"):
+        digest.update(piece)
+        pieces.append(len(piece))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < size / 2
+    assert digest.digest() == hashlib.sha256(path.read_bytes()).digest()
+    assert pieces == [PIECE] * 20 + [3]
+    assert list(blob_store.list()) == [BlobStat("a/shard.tar", size)]
+    assert blob_store.stat("a/shard.tar") == BlobStat("a/shard.tar", size)
+    blob_store.delete(["a/shard.tar"])
+    assert blob_store.stat("a/shard.tar") is None
+
+
+def test_a_file_replaces_and_stays_the_callers(blob_store: BlobStore, tmp_path: Path) -> None:
+    path = written(tmp_path / "file", b"from a file")
+    blob_store.put("a", b"a longer first value", "text/plain")
+    blob_store.put_file("a", path, "text/plain")
+    path.write_bytes(b"written on by its owner")
+    assert blob_store.get("a") == b"from a file"
+    blob_store.put_file("a", written(path, b""), "text/plain")
+    assert blob_store.stat("a") == BlobStat("a", 0)
+    assert list(blob_store.chunks("a")) == []
+    assert keys(blob_store) == ["a"]
+
+
+def test_a_file_that_is_not_there_stores_nothing(blob_store: BlobStore, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        blob_store.put_file("a", tmp_path / "nope", "text/plain")
+    with pytest.raises(IsADirectoryError):
+        blob_store.put_file("a", tmp_path, "text/plain")
+    assert keys(blob_store) == []
+
+
+def test_pieces_may_be_small_and_left(blob_store: BlobStore) -> None:
+    blob_store.put("a", b"0123456789", "text/plain")
+    assert list(blob_store.chunks("a", 4)) == [b"0123", b"4567", b"89"]
+    assert next(blob_store.chunks("a", 4)) == b"0123"
+
+
+def test_a_card_may_have_the_name_that_the_hub_gives_it(blob_store: BlobStore) -> None:
+    for key in ("README.md", "a/README.md", "a.txt"):
+        blob_store.put(key, key.encode(), "text/markdown")
+    assert blob_store.get("a/README.md") == b"a/README.md"
+    assert keys(blob_store) == ["README.md", "a.txt", "a/README.md"]
+    assert keys(blob_store, "README.md") == ["README.md"]
+
+
 def test_longest_keys(blob_store: BlobStore) -> None:
     longest = "/".join(["a" * 255, "b" * 255, "c"]).removesuffix("/c")
     blob_store.put(longest, b"x", "text/plain")
@@ -97,7 +163,9 @@ def test_hostile_keys_are_refused_everywhere(blob_store: BlobStore) -> None:
     for name, key in HOSTILE.items():
         for action in (
             lambda key: blob_store.put(key, b"x", "text/plain"),
+            lambda key: blob_store.put_file(key, Path(__file__), "text/plain"),
             blob_store.get,
+            blob_store.chunks,
             blob_store.stat,
             blob_store.url,
             lambda key: blob_store.delete(["fine", key]),
@@ -116,6 +184,9 @@ def test_what_is_missing(blob_store: BlobStore) -> None:
     for key in ("nope", "a", "a/c", "a/b/c"):
         with pytest.raises(BlobNotFound, match=key):
             blob_store.get(key)
+        pieces = blob_store.chunks(key)
+        with pytest.raises(BlobNotFound, match=key):
+            next(pieces)
         assert blob_store.stat(key) is None
     blob_store.delete(["nope", "a", "a/c", "a/b/c"])
     blob_store.delete(["nope"])

@@ -67,6 +67,7 @@ def test_links_out_of_the_root_are_refused(
     for action in (
         lambda: store.put(link, b"x", "text/plain"),
         lambda: store.get(link),
+        lambda: store.chunks(link),
         lambda: store.stat(link),
         lambda: store.delete([link]),
         lambda: store.url(link),
@@ -130,6 +131,39 @@ def test_a_failed_write_names_the_cause_and_leaves_the_old_object(
     assert files(root) == ["a"]
 
 
+def test_a_file_is_stored_whole_or_not_at_all(
+    store: BlobStore, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"0123456789" * 2**18)
+    store.put("a", b"old", "text/plain")
+    write, written = os.write, 0
+
+    def fill_up(descriptor: int, data: bytes) -> int:
+        nonlocal written
+        if written > 2**20:
+            raising(errno.ENOSPC)()
+        written += write(descriptor, data)
+        return len(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", fill_up)
+        with pytest.raises(StorageUnavailable, match="full"):
+            store.put_file("a", tmp_path / "file", "text/plain")
+    assert written > 2**20
+    assert store.get("a") == b"old"
+    assert files(root) == ["a"]
+
+
+def test_a_disk_that_breaks_while_it_is_read(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put("a", b"0123456789", "text/plain")
+    pieces = store.chunks("a", 4)
+    assert next(pieces) == b"0123"
+    with pytest.raises(StorageUnavailable, match="cannot read a"):
+        pieces.throw(OSError(errno.EIO, "broken"))  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
 def test_check_on_a_read_only_directory_says_so(
     store: BlobStore, root: Path, monkeypatch: pytest.MonkeyPatch, number: int
@@ -173,7 +207,8 @@ def test_a_file_where_a_directory_must_be(store: BlobStore) -> None:
 
 def test_files_that_are_no_objects_are_not_listed(store: BlobStore, root: Path) -> None:
     store.put("a", b"x", "text/plain")
-    for name in (".tmp-1", "README", "lost+found", ".DS_Store"):
+    for name in (".tmp-1", "README", "lost+found", ".DS_Store", "README.md/a"):
+        (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text("x")
     assert [found.key for found in store.list()] == ["a"]
 

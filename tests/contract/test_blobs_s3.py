@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -141,6 +143,51 @@ def test_check_with_an_unknown_access_key(s3_server: S3Server, s3_bucket: str) -
     assert "wrong credentials" in told
 
 
+def test_a_connection_that_ends_before_the_object(s3_server: S3Server) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            link, _ = server.accept()
+            with link:
+                link.recv(65536)
+                link.sendall(head + b"01234567")
+
+        threading.Thread(target=answer, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        store = open_blobs("s3://bucket", s3=s3_server.options(endpoint_url=endpoint))
+        pieces = store.chunks("a", 4)
+        assert [next(pieces), next(pieces)] == [b"0123", b"4567"]
+        with pytest.raises(StorageUnavailable, match="the connection broke"):
+            next(pieces)
+        store.close()
+
+
+def test_a_file_in_parts_is_stored_whole_or_not_at_all(
+    s3_server: S3Server, store: S3Blobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(bytes(20 * 2**20))
+    store.put("a", b"old", "text/plain")
+    upload_part = store._client.upload_part
+
+    def refuse(**request: Any) -> Any:
+        if request["PartNumber"] < 3:
+            return upload_part(**request)
+        reply: Any = {
+            "Error": {"Code": "XMinioStorageFull"},
+            "ResponseMetadata": {"HTTPStatusCode": 507},
+        }
+        raise ClientError(reply, "UploadPart")
+
+    monkeypatch.setattr(store._client, "upload_part", refuse)
+    with pytest.raises(StorageUnavailable, match="the server's disk is full") as caught:
+        store.put_file("a", tmp_path / "file", "text/plain")
+    assert s3_server.secret_key not in "".join(traceback.format_exception(caught.value))
+    assert store.get("a") == b"old"
+    left = store._client.list_multipart_uploads(Bucket=store.bucket)
+    assert not left.get("Uploads")
+
+
 def test_check_on_a_missing_bucket(s3_server: S3Server) -> None:
     told = check_fails(s3_server, "s3://no-such-bucket/prefix")
     assert "no-such-bucket" in told
@@ -191,7 +238,9 @@ def test_every_call_on_a_missing_bucket(s3_server: S3Server) -> None:
     store: BlobStore = open_blobs("s3://no-such-bucket", s3=s3_server.options())
     for action in (
         lambda: store.put("a", b"x", "text/plain"),
+        lambda: store.put_file("a", Path(__file__), "text/plain"),
         lambda: store.get("a"),
+        lambda: next(store.chunks("a")),
         lambda: store.stat("a"),
         lambda: list(store.list()),
     ):
