@@ -1,0 +1,41 @@
+"""The Hub's image folder: pictures, and a metadata.jsonl beside them whose `file_name` names them.
+
+https://huggingface.co/docs/datasets/image_dataset#imagefolder
+"""
+
+from __future__ import annotations
+
+from farm.datasets.formats.record import line
+from farm.datasets.formats.writer import HashedFile, Writer, Written
+from farm.datasets.sample import Sample, Value
+from farm.pictures import CONTENT_TYPES, EXTENSIONS
+
+METADATA = "metadata.jsonl"
+
+
+class ImageFolderWriter(Writer):
+    place = "imagefolder/{}"
+    _metadata: HashedFile | None = None
+
+    def _begin(self) -> None:
+        self._metadata = HashedFile(self.path / METADATA)
+        self._pictures: list[Written] = []
+
+    def _add(self, sample: Sample, told: dict[str, Value]) -> None:
+        assert self._metadata
+        name = f"{sample.row:08d}.{EXTENSIONS[sample.form]}"
+        path = self.path / name
+        path.write_bytes(sample.data)
+        kind = CONTENT_TYPES[sample.form]
+        size = len(sample.data)
+        self._pictures.append(Written(f"{self.key}/{name}", path, size, sample.sha256, kind))
+        self._metadata.write(line({"file_name": name, **told}))
+
+    def _end(self) -> list[Written]:
+        assert self._metadata
+        rows = self._metadata.written(f"{self.key}/{METADATA}", "application/jsonl")
+        return [*self._pictures, rows]
+
+    def _abandon(self) -> None:
+        if self._metadata:
+            self._metadata.close()
