@@ -10,7 +10,7 @@ same pyarrow too. A shard without samples has no files: readers stumble over an 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from farm.datasets.formats.record import check_columns
@@ -19,10 +19,13 @@ from farm.datasets.sample import Sample
 from farm.errors import InvalidParameter
 
 FORMATS = ("webdataset", "parquet", "imagefolder")
-"""The first of FIRST that a dataset has is what `load_dataset` of its directory gives."""
-FIRST = ("parquet", "webdataset", "imagefolder")
 
-__all__ = ["FIRST", "FORMATS", "Writer", "Written", "check_columns", "open_writer", "write"]
+__all__ = ["FORMATS", "Writer", "Written", "check_columns", "first", "open_writer", "write"]
+
+
+def first(formats: Collection[str]) -> str:
+    """The one that `datasets.load_dataset` of the whole directory gives."""
+    return next(form for form in ("parquet", "webdataset", "imagefolder") if form in formats)
 
 
 def open_writer(

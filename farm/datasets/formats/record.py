@@ -21,8 +21,9 @@ TYPES: dict[str, type] = {
 }
 """Keys of every record, in their order; then come the dataset's own columns, then sha256."""
 _EMPTY: dict[type, Value] = {str: "", int: 0, float: 1.0}  # without an init image, strength is 1
-_TAKEN = {*TYPES, "sha256", "image", "file_name", "file_names", "png", "jpg", "webp", "txt", "json"}
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
+_MEMBERS = ("png", "jpg", "webp", "txt", "json", "__key__", "__url__")
+_TAKEN = {*TYPES, *_MEMBERS, "sha256", "image", "file_name", "file_names"}
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 
 
 def check_columns(names: Iterable[str]) -> None:
@@ -30,7 +31,7 @@ def check_columns(names: Iterable[str]) -> None:
     for name in names:
         if not _NAME.fullmatch(name):
             raise InvalidParameter(
-                f"column {name[:80]!r}: a name is a letter, then letters, digits and _, all small"
+                f"column {name[:80]!r}: a name has letters, digits and _, and begins with no digit"
             )
         if name in _TAKEN or name.endswith(("_file_name", "_file_names")):
             raise InvalidParameter(f"column {name!r}: readers take this name for another thing")
