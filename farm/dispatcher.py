@@ -6,6 +6,8 @@ at once are harmless: what one does twice changes nothing.
 What takes long stands beside the loop: every minute what is cheap, every hour the counters of the
 batches that are at work, every day those of all and the objects that no job names. When it was
 done last stands in SQL, so that neither a restart nor a second dispatcher does it sooner.
+
+Schedules have a thread of their own too: what is due is begun, and what runs is seen to.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from farm.reconcile import (
     remove_objects,
 )
 from farm.retention import sweep
+from farm.schedules.runner import Command, Runner, dataset_command
 from farm.store import audit, leases
 from farm.store.db import Database
 
@@ -53,20 +56,34 @@ def run_dispatcher(
     settings: Settings,
     stop: threading.Event,
     blobs: Callable[[], BlobStore] | None = None,
+    command: Command = dataset_command,
 ) -> None:
     """Tick every `settings.tick_s` seconds until `stop`; outages are said once and waited out.
 
-    Without `blobs` the farm is not kept up beside it: no counting, no objects.
+    Without `blobs` the farm is not kept up beside it: no counting, no objects, no schedules.
+    `command`: what a run of a schedule starts.
     """
     dispatcher = _Dispatcher(db, broker, settings, stop)
     if blobs is None:
         dispatcher.run()
         return
     upkeep = _Upkeep(db, blobs, stop, lambda: dispatcher.leads)
-    beside = threading.Thread(target=upkeep.run, name="upkeep", daemon=True)
-    beside.start()
+    runner = Runner(db, settings, dispatcher.name, _Duties().attempt, command)
+
+    def keep_schedules() -> None:
+        while not stop.wait(settings.tick_s):
+            runner.look(dispatcher.leads)
+        runner.stop()
+
+    beside = [
+        threading.Thread(target=work, name=name, daemon=True)
+        for name, work in (("schedules", keep_schedules), ("upkeep", upkeep.run))
+    ]
+    for thread in beside:
+        thread.start()
     dispatcher.run()
-    beside.join(JOIN_S)  # what it is in the middle of, the next one does again
+    for thread in beside:
+        thread.join(JOIN_S)  # what it is in the middle of, the next one does again
 
 
 class _Duties:
@@ -102,7 +119,7 @@ class _Dispatcher:
         self._try = _Duties(self._note_fault).attempt
         self._lenient_until = 0.0
         self._looked_at = time.time()
-        self._name = f"{socket.gethostname()[:32]}:{os.getpid()}:{secrets.token_hex(4)}"
+        self.name = f"{socket.gethostname()[:32]}:{os.getpid()}:{secrets.token_hex(4)}"
         self.leads = False
 
     def run(self) -> None:
@@ -129,13 +146,13 @@ class _Dispatcher:
         led, self.leads = self.leads, False  # should the database be away, nobody knows
         with self._db.write() as connection:
             ttl_s = TICKS * self._settings.tick_s
-            self.leads = leases.take(connection, LEAD, self._name, ttl_s)
+            self.leads = leases.take(connection, LEAD, self.name, ttl_s)
         if led != self.leads:
             log.info("this dispatcher %s", "leads" if self.leads else "watches; another one leads")
 
     def _hand_over(self) -> None:
         with self._db.write() as connection:
-            leases.give_up(connection, LEAD, self._name)
+            leases.give_up(connection, LEAD, self.name)
 
     def _reconcile(self) -> None:
         """After an outage of the database every worker gets time to beat once more."""

@@ -405,6 +405,71 @@ leases = Table(
     Column("expires_at", Double, nullable=False),
 )
 
+# What is run again and again at its due times. See farm.schedules.
+schedules = Table(
+    "schedules",
+    metadata,
+    Column("id", String(16), primary_key=True),
+    Column("name", String(63), nullable=False),
+    Column("recipe", Text, nullable=False),  # an absolute path, read anew by each run
+    Column("cron", Text, nullable=False),
+    Column("tz", Text, nullable=False),
+    Column("until", String(5)),  # local time at which its window closes; NULL: never
+    Column("priority", Integer),  # NULL: the recipe's own
+    Column("catch_up", Boolean, nullable=False, server_default=text("false")),
+    Column("paused", Boolean, nullable=False, server_default=text("false")),
+    Column("owner", Text, nullable=False, server_default=""),
+    Column("created_at", Double, nullable=False),
+    Column("last_due", Double),  # the latest due time that was recorded
+    Column("next_due", Double, nullable=False),
+    Index("ix_schedules_name", "name", unique=True),
+)
+
+RUN_STATES = ("pending", "running", "waiting", "succeeded", "failed", "skipped")
+RUN_KINDS = ("due", "manual")
+
+# One row for each due time, so that none is run twice; `due_at` of a manual run is when it was
+# asked for. Begun and not over is one run of a schedule at most.
+schedule_runs = Table(
+    "schedule_runs",
+    metadata,
+    Column("schedule_id", ForeignKey("schedules.id", ondelete="CASCADE"), primary_key=True),
+    Column("due_at", Double, primary_key=True, autoincrement=False),
+    Column("kind", String(6), nullable=False, server_default="due"),
+    Column("state", String(9), nullable=False, server_default="pending"),
+    Column("why", Text, nullable=False, server_default=""),  # it stands so, for a person
+    Column("holder", String(64)),  # the dispatcher whose child carries it out
+    Column("lease_until", Double),
+    Column("batch_id", String(16)),  # no foreign key: batches are pruned, the history stays
+    Column("started_at", Double),  # first start
+    Column("finished_at", Double),
+    Column("summary", JSON(none_as_null=True)),
+    CheckConstraint(_in("kind", RUN_KINDS), name="kind_known"),
+    CheckConstraint(_in("state", RUN_STATES), name="state_known"),
+    CheckConstraint(
+        f"({_in('state', RUN_STATES[3:])}) = (finished_at IS NOT NULL)", name="final_has_time"
+    ),
+    CheckConstraint("(state = 'running') = (holder IS NOT NULL)", name="running_is_held"),
+    CheckConstraint("(holder IS NULL) = (lease_until IS NULL)", name="held_has_lease"),
+    CheckConstraint(
+        "state IN ('pending', 'skipped') OR started_at IS NOT NULL", name="begun_has_time"
+    ),
+    CheckConstraint("state <> 'skipped' OR started_at IS NULL", name="skipped_is_unbegun"),
+    Index(
+        "ix_schedule_runs_open",
+        "schedule_id",
+        sqlite_where=text("finished_at IS NULL"),
+        postgresql_where=text("finished_at IS NULL"),
+    ),
+    Index(
+        "ix_schedule_runs_under_way",
+        "schedule_id",
+        unique=True,
+        sqlite_where=text("started_at IS NOT NULL AND finished_at IS NULL"),
+        postgresql_where=text("started_at IS NOT NULL AND finished_at IS NULL"),
+    ),
+)
+
 # One row: the oldest revision whose code works with this schema still. See farm.store.schema.
 schema_floor = Table(
     "schema_floor", metadata, Column("revision", String(32), primary_key=True, nullable=False)
