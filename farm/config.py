@@ -51,6 +51,16 @@ def _bytes(value: object) -> object:
         raise ValueError(error.message) from None
 
 
+def _no_pem(value: object) -> object:
+    """The path of a file, not what is in it: a key would be shown wherever settings are."""
+    if "-----BEGIN" in str(value):
+        raise ValueError("give the path of the PEM file, not its text")
+    return value
+
+
+PemFile = Annotated[Path | None, BeforeValidator(_no_pem)]
+
+
 class Settings(BaseSettings):
     """All settings of the farm. Times in seconds."""
 
@@ -92,6 +102,15 @@ class Settings(BaseSettings):
 
     blocklist: Path | None = Field(
         None, description="a text file of terms that no prompt may hold, one a line"
+    )
+
+    c2pa_certificate: PemFile = Field(
+        None,
+        description="workers sign pictures with this certificate chain (PEM); default: unsigned",
+    )
+    c2pa_key: PemFile = Field(None, description="the private key of c2pa_certificate (PEM)")
+    c2pa_trust: PemFile = Field(
+        None, description="certificates (PEM) whose signers `farm provenance verify` trusts"
     )
 
     s3_endpoint_url: str | None = Field(None, description="S3 server; default: Amazon's")
