@@ -138,6 +138,22 @@ class Farm:
         with self._file(file, form, columns, options) as source:
             return self._submit(source, options)
 
+    def submit_rows(
+        self, rows: Iterable[Row], folder: Path | None, **options: Unpack[Options]
+    ) -> BatchStatus:
+        """Queue rows that were read already: (line, fields or the line's error); see `submit`.
+
+        They name input pictures from `folder`; None: they may name none.
+        """
+        return self._submit(_Source(rows, folder), options)
+
+    def checked(
+        self, rows: Iterable[Row], folder: Path | None, **options: Unpack[Options]
+    ) -> Iterator[NewJob | RowError]:
+        """The jobs that `submit_rows` would queue; nothing is changed."""
+        with self._jobs(_Source(rows, folder), options, upload=False) as (stream, _):
+            yield from stream
+
     def preview(
         self, items: str | Template | Iterable[str | Mapping[str, Any]], **options: Unpack[Options]
     ) -> Preview:

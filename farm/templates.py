@@ -47,7 +47,7 @@ class Template:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        holes = holes_of(self.prompt) | holes_of(self.negative_prompt)
+        holes = self.holes
         if missing := sorted(holes - set(self.lists)):
             raise InvalidParameter(f"template: no list for {{{'}, {'.join(missing)}}}")
         for name, values in self.lists.items():
@@ -77,14 +77,27 @@ class Template:
 
     def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """(number from 1, fields of a job), the last list turning fastest."""
-        holes = holes_of(self.prompt) | holes_of(self.negative_prompt)
-        for number, values in enumerate(self._combinations(), start=1):
-            named = dict(zip(self.lists, values, strict=True))
+        holes = self.holes
+        for number, named in self.named():
             row = {name: value for name, value in named.items() if name not in holes}
-            row["prompt"] = self.prompt.format_map(named)
-            if self.negative_prompt:
-                row["negative_prompt"] = self.negative_prompt.format_map(named)
-            yield number, row
+            yield number, row | self.texts(named)
+
+    def named(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(number from 1, a value of each list), the last list turning fastest."""
+        for number, values in enumerate(self._combinations(), start=1):
+            yield number, dict(zip(self.lists, values, strict=True))
+
+    def texts(self, named: Mapping[str, Any]) -> dict[str, str]:
+        """The prompts with these values in their holes."""
+        found = {"prompt": self.prompt.format_map(named)}
+        if self.negative_prompt:
+            found["negative_prompt"] = self.negative_prompt.format_map(named)
+        return found
+
+    @property
+    def holes(self) -> set[str]:
+        """The names in braces."""
+        return holes_of(self.prompt) | holes_of(self.negative_prompt)
 
     def _combinations(self) -> Iterator[Sequence[Any]]:
         columns = list(self.lists.values())

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _COMMAND = re.compile(
     r"\bfarm (?=(?:watch|results|status|retry|cancel|resume|up|worker|submit|prune|audit"
-    r"|reconcile)\b)"
+    r"|reconcile|dataset|schedule|provenance)\b)"
 )
 Cell = str | int | float | None
 

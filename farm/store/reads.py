@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, Select, func, literal_column, select
 
 from farm.errors import InvalidParameter, NotFound
-from farm.states import JobState
+from farm.states import FINAL_STATES, JobState
 from farm.store.ids import JobRef, claim_in
 from farm.store.jobs import spec_of
 from farm.store.tables import batches, counts, events, is_state, jobs, now
@@ -176,6 +176,13 @@ def _how_many(connection: Connection, batch_id: str, after: int, limit: int) -> 
     """How many of a batch's succeeded jobs to look for: beyond the last, all rows are walked."""
     mine = select(func.sum(counts.c.succeeded)).where(counts.c.batch_id == batch_id)
     return min(limit, int(connection.scalar(mine) or 0)) if after < 0 else limit
+
+
+def is_open(connection: Connection, batch_id: str, first: int, end: int) -> bool:
+    """Whether a job from place `first` up to, not including, `end` is not in a final state."""
+    mine = (jobs.c.batch_id == batch_id, jobs.c.idx >= first, jobs.c.idx < end)
+    query = select(jobs.c.idx).where(*mine, jobs.c.state.not_in(FINAL_STATES)).limit(1)
+    return connection.scalar(query) is not None
 
 
 def history(connection: Connection, ref: JobRef) -> list[dict[str, Any]]:

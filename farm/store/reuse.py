@@ -33,6 +33,14 @@ def rendered(
     return {fingerprint: JobRef.parse(job) for fingerprint, job in found if job}
 
 
+def known(connection: Connection, fingerprints: Sequence[str]) -> set[str]:
+    """Those of which there is a picture, by one look at an index each."""
+    wanted = rows(connection, (jobs.c.fingerprint,), [(one,) for one in fingerprints])
+    made = (jobs.c.fingerprint == wanted.c.fingerprint, is_state(JobState.SUCCEEDED))
+    there = select(jobs.c.idx).where(*made).limit(1).correlate(wanted).exists()
+    return set(connection.scalars(select(wanted.c.fingerprint).where(there)))
+
+
 def link(connection: Connection, sources: Mapping[Claim, JobRef]) -> set[JobRef]:
     """running -> succeeded, each with the picture of its source.
 

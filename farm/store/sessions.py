@@ -219,6 +219,15 @@ def last(connection: Connection, lane: Lane, host: str, device: str) -> Row[Any,
     return connection.execute(query).first()
 
 
+def origin(connection: Connection, lane: Lane) -> tuple[str, dict[str, str]] | None:
+    """What the lane's newest session renders with: the SHA-256 of its weights, of each LoRA."""
+    mine = (sessions.c.model == lane.model, sessions.c.engine == lane.engine)
+    query = select(sessions.c.info).where(*mine).order_by(sessions.c.opened_at.desc()).limit(1)
+    info = connection.scalar(query) or {}
+    weights = info.get("weights_sha256")
+    return (weights, dict(info.get("loras") or {})) if weights else None
+
+
 def expired(connection: Connection) -> list[str]:
     """Open sessions whose time is over, by the database's clock."""
     query = select(sessions.c.id).where(

@@ -1,0 +1,51 @@
+"""What became of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from farm.datasets.sample import Sample, Value
+from farm.spec import FIELDS
+from farm.store.reads import Job
+
+ACCEPTED, REJECTED, FAILED, CANCELLED = STATES = ("accepted", "rejected", "failed", "cancelled")
+
+
+@dataclass(frozen=True)
+class Try:
+    """A picture, or a failure to make one, that was not accepted. `gate`: which one said no."""
+
+    seed: int
+    gate: str
+    why: str
+    sha256: str | None = None
+
+
+@dataclass
+class Outcome:
+    """A row's, once nothing more is tried. `jobs`: those of its attempts, one after the other."""
+
+    row: int
+    state: str
+    jobs: list[Job]
+    columns: Mapping[str, Value]
+    tries: list[Try] = field(default_factory=list)
+
+    @property
+    def job(self) -> Job:
+        """The last one; its picture is the accepted one."""
+        return self.jobs[-1]
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The job's fields as JSON has them, without what is None or empty."""
+        told = {name: self.job.spec[name] for name in FIELDS}
+        return {k: v for k, v in told.items() if v is not None and v != "" and v != ()}
+
+    def sample(self, data: bytes) -> Sample:
+        """An accepted row with its picture."""
+        assert self.job.sha256
+        form = str(self.job.spec["format"])
+        return Sample(self.row, data, form, self.job.sha256, self.params, self.columns)

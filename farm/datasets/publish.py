@@ -1,0 +1,61 @@
+"""A finished dataset copied to another place, each file checked on its way, the manifest last."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from farm.blobs import BlobStore
+from farm.datasets.manifest import MANIFEST, File, files_of, manifest_of
+from farm.datasets.shards import hash_of
+from farm.errors import BlobDamaged
+
+TYPES = {
+    "json": "application/json",
+    "md": "text/markdown",
+    "toml": "application/toml",
+    "tar": "application/x-tar",
+    "parquet": "application/vnd.apache.parquet",
+    "jsonl": "application/jsonl",
+    "png": "image/png",
+    "jpg": "image/jpeg",
+    "webp": "image/webp",
+}
+
+
+def publish(
+    source: BlobStore, where: str, target: BlobStore, done: Callable[[File, bool], None]
+) -> None:
+    """Copy it; what lies there already, to the byte, stays, so that it can be gone on with.
+
+    `done` is called with each file, and whether it was copied. Raises NotFound where there is no
+    finished dataset, and BlobDamaged for a file that is not what was written.
+    """
+    for file in files_of(source, manifest_of(source, where)):
+        there = target.stat(file.key)
+        copied = not (
+            there and there.size == file.size and hash_of(target, file.key) == file.sha256
+        )
+        if copied:
+            _copy(source, file, target)
+        done(file, copied)
+    target.put(MANIFEST, source.get(MANIFEST), TYPES["json"])
+
+
+def _copy(source: BlobStore, file: File, target: BlobStore) -> None:
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory(prefix="farm-publish-") as folder:
+        path = Path(folder) / "file"
+        with path.open("wb") as out:
+            for chunk in source.chunks(file.key):
+                digest.update(chunk)
+                out.write(chunk)
+        if digest.hexdigest() != file.sha256:
+            raise BlobDamaged(
+                f"{file.key} is not what was written; `farm dataset verify` tells all such files, "
+                "and `farm dataset run` writes them anew"
+            )
+        ending = file.key.rpartition(".")[2]
+        target.put_file(file.key, path, TYPES.get(ending, "application/octet-stream"))

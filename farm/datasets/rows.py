@@ -1,0 +1,207 @@
+"""The rows of a recipe, one picture each, in an order that never changes; and their seeds.
+
+A row's seed is its prompt's place in the source, before any filter, with the combination and the
+picture's number, counted on from a number that the recipe's name and seed give:
+
+    seed = (base + ((place * 1,000 + combination) * 10,000 + picture) * 32 + attempt) mod 2**63
+
+No two rows of a recipe, and no two attempts at one, have the same. Prompts that are added at the
+end, more pictures of each, and a filter leave the seeds of the other rows as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import product
+from typing import Any, NamedTuple
+
+from farm.datasets.gates import MAX_ATTEMPTS
+from farm.datasets.recipe import MAX_COMBINATIONS, Recipe, Sampled
+from farm.datasets.sample import Value
+from farm.errors import InvalidConfig, RowError
+from farm.prompt_files import guess_format, read_rows
+from farm.prompts import MAX_PICTURES
+from farm.spec import MAX_SEED
+
+_SPACE = MAX_SEED + 1
+_DIGITS = 3  # of a number that was drawn, after the point
+
+
+class Planned(NamedTuple):
+    """A row as the recipe has it. `line`: of its prompt, from 1. `fields`: of its job, seed too."""
+
+    line: int
+    fields: dict[str, Any]
+    columns: Mapping[str, Value]
+    place: tuple[int, int, int]  # prompt, combination, picture
+
+
+class Seeds:
+    """The seeds of one recipe and label."""
+
+    def __init__(self, recipe: Recipe, label: str) -> None:
+        told = f"{recipe.name}\0{recipe.seed}\0{label if recipe.fresh else ''}"
+        self._base = int.from_bytes(hashlib.sha256(told.encode()).digest()[:8], "big")
+        self._told = told.encode()
+
+    def of(self, place: tuple[int, int, int], attempt: int = 0) -> int:
+        """Of a row, the first or a further attempt at it."""
+        prompt, combination, picture = place
+        row = (prompt * MAX_COMBINATIONS + combination) * MAX_PICTURES + picture
+        return (self._base + row * MAX_ATTEMPTS + attempt) % _SPACE
+
+    def draw(self, place: tuple[int, int, int], field: str, given: Sampled) -> Any:
+        """A value for a field of a row."""
+        told = b"%s\0%s\0%d %d %d" % (self._told, field.encode(), *place)
+        drawn = int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "big")
+        if given.choice is not None:
+            return given.choice[drawn * len(given.choice) >> 64]
+        assert given.uniform is not None
+        low, high = given.uniform
+        if isinstance(low, int) and isinstance(high, int):
+            return low + (drawn * (high - low + 1) >> 64)
+        return round(low + (high - low) * drawn / 2**64, _DIGITS)
+
+
+def planned(recipe: Recipe, label: str = "") -> Iterator[Planned | RowError]:
+    """The recipe's rows in order, or what is wrong with its prompts.
+
+    Raises InvalidConfig for a prompt file that cannot be read, InvalidParameter for its lists.
+    """
+    seeds = Seeds(recipe, label)
+    combinations = [dict(zip(recipe.each, v, strict=True)) for v in product(*recipe.each.values())]
+    with _source(recipe) as source:
+        for found in _chosen(recipe, source):
+            if isinstance(found, RowError):
+                yield found
+                continue
+            number, line, row, columns = found
+            n = row.pop("n", recipe.pictures)
+            if type(n) is not int or not 1 <= n <= MAX_PICTURES:
+                yield RowError(line, "n", repr(n)[:60], f"a whole number from 1 to {MAX_PICTURES}")
+                continue
+            for which, combination in enumerate(combinations):
+                for picture in range(n):
+                    place = (number, which, picture)
+                    fields = _fields(recipe, seeds, place, combination | row)
+                    yield Planned(line, fields, columns, place)
+
+
+def _fields(
+    recipe: Recipe, seeds: Seeds, place: tuple[int, int, int], row: dict[str, Any]
+) -> dict[str, Any]:
+    fields = {name: value for name, value in row.items() if value is not None}
+    for name, given in recipe.drawn.items():
+        if name not in fields:
+            fields[name] = seeds.draw(place, name, given)
+    given_seed = fields.get("seed")
+    if given_seed is None:
+        fields["seed"] = seeds.of(place)
+    elif isinstance(given_seed, int) and place[2]:
+        fields["seed"] = given_seed + place[2]
+    return fields
+
+
+_Found = tuple[int, int, dict[str, Any], dict[str, Value]]
+
+
+def _chosen(recipe: Recipe, source: Iterator[tuple[int, Any]]) -> Iterator[_Found | RowError]:
+    """(place in the source, line, fields, columns) of the rows that the filters leave."""
+    told, taken = recipe.filters, 0
+    seen: set[bytes] = set()
+    exclude = [re.compile(one) for one in told.exclude]
+    kinds = recipe.columns
+    for number, (line, row) in enumerate(source):
+        if isinstance(row, RowError):
+            yield row
+            continue
+        prompt = row.get("prompt")
+        if isinstance(prompt, str):
+            if len(prompt) < told.min_chars or any(one.search(prompt) for one in exclude):
+                continue
+            if told.max_chars is not None and len(prompt) > told.max_chars:
+                continue
+            if told.distinct and not _is_new(prompt, seen):
+                continue
+        if told.limit is not None and taken >= told.limit:
+            return
+        taken += 1
+        columns = _columns(line, row, kinds)
+        if isinstance(columns, RowError):
+            yield columns
+            continue
+        fields = {name: value for name, value in row.items() if name not in columns}
+        yield number, line, fields, columns
+
+
+def _columns(
+    line: int, row: Mapping[str, Any], kinds: Mapping[str, type]
+) -> dict[str, Value] | RowError:
+    """The row's own columns, each of its kind or nothing."""
+    found: dict[str, Value] = {}
+    value: Any
+    for name, kind in kinds.items():
+        value = row.get(name)
+        if kind is str and isinstance(value, str | int | float):
+            value = str(value)
+        elif value is not None and type(value) is not kind:
+            try:
+                value = None if value == "" else _as(kind, value)
+            except ValueError:
+                return RowError(line, name, repr(value)[:60], f"{_SAID[kind]}, or nothing")
+        found[name] = value
+    return found
+
+
+_SAID = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+_TRUTH = {"true": True, "1": True, "false": False, "0": False}
+
+
+def _as(kind: type, value: Any) -> Value:
+    """Raises ValueError. Texts of csv files are read as what they stand for."""
+    text = str(value).strip()
+    if kind is bool:
+        if text.lower() not in _TRUTH:
+            raise ValueError(text)
+        return _TRUTH[text.lower()]
+    made: Value = kind(text)
+    return made
+
+
+def _is_new(prompt: str, seen: set[bytes]) -> bool:
+    mark = hashlib.blake2b(prompt.encode(errors="surrogatepass"), digest_size=12).digest()
+    before = len(seen)
+    seen.add(mark)
+    return len(seen) > before
+
+
+@contextmanager
+def _source(recipe: Recipe) -> Iterator[Iterator[tuple[int, Any]]]:
+    """(line, fields and columns, or an error) of the source."""
+    template, path = recipe.template, recipe.prompt_file
+    if template is not None:
+        yield _of_template(recipe)
+        return
+    assert path is not None
+    told = recipe.prompts
+    names = told.columns and {**told.columns, **{name: name for name in told.keep}}
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise InvalidConfig(f"{path}: {error.strerror}") from None
+    with stream:
+        rows = read_rows(stream, told.format or guess_format(path), names or None)
+        yield ((line, row if isinstance(row, RowError) else dict(row)) for line, row in rows)
+
+
+def _of_template(recipe: Recipe) -> Iterator[tuple[int, dict[str, Any]]]:
+    template = recipe.template
+    assert template is not None
+    holes = template.holes
+    for line, values in template.named():
+        row = {name: value for name, value in values.items() if name not in holes}
+        kept = {name: values[name] for name in recipe.columns}
+        yield line, row | kept | template.texts(values)

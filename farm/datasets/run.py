@@ -1,0 +1,154 @@
+"""A run: the recipe's rows as one batch, then shard after shard, as their jobs are done.
+
+Nothing of a run is kept in this process: killed at any moment, and started again anywhere with the
+same recipe and label, it finds its batch by key, its shards by their content, and goes on. A row's
+number is its place in the batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any
+
+from farm.blobs import BlobStore, open_blobs
+from farm.datasets import finish
+from farm.datasets.batches import CHANGED, Batches, Tell, patiently
+from farm.datasets.outcome import ACCEPTED, CANCELLED, FAILED, STATES, Outcome
+from farm.datasets.recipe import Recipe
+from farm.datasets.rows import Planned, planned
+from farm.datasets.settle import Settler
+from farm.datasets.shards import Shards, Stats
+from farm.errors import InvalidConfig, RowError
+from farm.service import Farm, s3_options
+from farm.states import JobState
+from farm.store.batches import BatchStatus
+
+
+@dataclass
+class Summary:
+    """What a run made. `rendered`: pictures rendered for it; `reused`: those there were before.
+
+    `written`: shards that this process wrote; `kept`: those that were complete. `bytes`: of the
+    accepted pictures. `seconds`: of this process.
+    """
+
+    name: str
+    label: str
+    batch: str
+    out: str
+    rows: int = 0
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STATES, 0))
+    rendered: int = 0
+    reused: int = 0
+    shards: int = 0
+    written: int = 0
+    kept: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+    @property
+    def whole(self) -> bool:
+        """Whether every row was rendered, be it accepted or not."""
+        return not self.counts[FAILED] and not self.counts[CANCELLED]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"whole": self.whole}
+
+    def count(self, outcomes: Sequence[Outcome]) -> None:
+        """Add a shard's."""
+        counts = Counter(one.state for one in outcomes)
+        for state in STATES:
+            self.counts[state] += counts[state]
+        tried = [job for one in outcomes for job in one.jobs]
+        pictures = [job for job in tried if job.state == JobState.SUCCEEDED]
+        self.reused += sum(job.render_s is None for job in pictures)
+        self.rendered += sum(job.render_s is not None for job in pictures)
+        self.bytes += sum(one.job.size_bytes or 0 for one in outcomes if one.state == ACCEPTED)
+
+
+def run(
+    farm: Farm,
+    recipe: Recipe,
+    label: str = "",
+    *,
+    priority: int | None = None,
+    redrive: bool = False,
+    tell: Tell,
+) -> Summary:
+    """Render and write the dataset, or what is missing of it.
+
+    `redrive`: jobs that failed or were cancelled are queued again first. Outages of the database
+    and the blob store are waited out. Raises InvalidPromptFile with the bad rows, InvalidConfig
+    when another dataset lies in its place, and StorageRefused.
+    """
+    place = open_blobs(recipe.place(label), s3=s3_options(farm.settings))
+    priority = recipe.priority if priority is None else priority
+    batches = Batches(farm, recipe, label, priority, redrive, tell)
+    try:
+        return _Run(farm, recipe, label, place, batches, tell).run()
+    finally:
+        place.close()
+
+
+def day(at: float) -> str:
+    """The date of a time in seconds since 1970, in UTC."""
+    return datetime.fromtimestamp(at, UTC).date().isoformat()
+
+
+class _Run:
+    def __init__(
+        self,
+        farm: Farm,
+        recipe: Recipe,
+        label: str,
+        place: BlobStore,
+        batches: Batches,
+        tell: Tell,
+    ) -> None:
+        self._farm, self._recipe, self._label, self._place = farm, recipe, label, place
+        self._batches, self._tell = batches, tell
+        self._settler = Settler(recipe, batches, farm.fetch, tell)
+        self._shards = Shards(place, farm.fetch, recipe)
+
+    def run(self) -> Summary:
+        began = time.monotonic()
+        patiently(lambda: finish.check_place(self._place, self._recipe), self._tell)
+        batch = self._batches.main()
+        size = self._recipe.shard_size
+        told = Summary(self._recipe.name, self._label, batch.id, self._recipe.place(self._label))
+        told.rows, told.shards = batch.total, -(-batch.total // size)
+        rows = planned(self._recipe, self._label)
+        contents = finish.Contents()
+        for shard in range(told.shards):
+            stats = self._shard(told, shard, list(islice(rows, size)))
+            contents.add(stats)
+        if next(rows, None) is not None:
+            raise InvalidConfig(CHANGED)
+        patiently(lambda: self._finish(batch, contents), self._tell)
+        told.seconds = round(time.monotonic() - began, 3)
+        return told
+
+    def _finish(self, batch: BatchStatus, contents: finish.Contents) -> None:
+        run = finish.Made(self._label, batch.id, day(batch.created_at))
+        finish.finish(self._place, self._farm.catalog, self._recipe, contents, run)
+
+    def _shard(self, told: Summary, shard: int, rows: Sequence[Planned | RowError]) -> Stats:
+        good = [row for row in rows if isinstance(row, Planned)]
+        first = shard * self._recipe.shard_size
+        self._batches.wait(told.batch, first, first + len(good))
+        jobs = self._batches.jobs(told.batch, first, [row.fields["seed"] for row in good])
+        former = patiently(lambda: self._shards.stats(shard), self._tell)
+        outcomes, measures = self._settler.settle(first, good, jobs, former)
+        kept = patiently(lambda: self._shards.complete(shard, former, outcomes), self._tell)
+        stats = kept or patiently(
+            lambda: self._shards.write(shard, outcomes, former, measures), self._tell
+        )
+        told.kept, told.written = told.kept + bool(kept), told.written + (not kept)
+        told.count(outcomes)
+        self._tell.shard(shard, told.shards, not kept)
+        return stats

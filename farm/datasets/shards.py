@@ -1,0 +1,204 @@
+"""Shards in their place: written whole, told in stats/, and complete by what is in them.
+
+A shard's stats file is written after its files. It tells which rows and pictures they hold
+(`content`) and their SHA-256: a shard is complete when that content is what the run wants now, and
+the files still have those hashes. Nothing else is asked, not even that a run ever finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from farm.blobs import BlobStore
+from farm.datasets.formats import Written, open_writer
+from farm.datasets.gates import Gates
+from farm.datasets.outcome import ACCEPTED, CANCELLED, FAILED, STATES, Outcome
+from farm.datasets.recipe import Recipe
+from farm.errors import BlobNotFound
+from farm.store.reads import Job
+
+LAYOUT = 1  # of shards and stats; a shard of another one is written anew
+SPLIT = "train"
+_THREADS, _AHEAD = 4, 16  # pictures fetched ahead of the writer
+
+Stats = dict[str, Any]
+
+
+def shard_name(shard: int) -> str:
+    return f"{SPLIT}-{shard:05d}"
+
+
+def stats_key(shard: int) -> str:
+    return f"stats/{shard:05d}.json"
+
+
+class Shards:
+    """Writes a dataset's shards into `place`. `read` gives a job's picture, checked."""
+
+    def __init__(
+        self,
+        place: BlobStore,
+        read: Callable[[Job], bytes],
+        recipe: Recipe,
+    ) -> None:
+        self._place, self._read = place, read
+        self._formats, self._columns = recipe.formats, recipe.columns
+        self._gates = Gates(recipe.gates, recipe.folder).mark
+
+    def stats(self, shard: int) -> Stats | None:
+        """What is told of a shard; None where nothing is, or nothing that can be read."""
+        found: Stats | None = read_json(self._place, stats_key(shard))
+        return found
+
+    def complete(
+        self, shard: int, stats: Stats | None, outcomes: Sequence[Outcome]
+    ) -> Stats | None:
+        """The shard's stats, if its files hold just these rows, to the byte; else None.
+
+        What is told beside them, such as tries that led to them, is brought up to date.
+        """
+        if stats is None or stats.get("content") != self._content(outcomes):
+            return None
+        if any(hash_of(self._place, one["key"]) != one["sha256"] for one in stats["files"]):
+            return None
+        told = stats | self._told(outcomes)
+        if json_bytes(told) != json_bytes(stats):
+            self._place.put(stats_key(shard), json_bytes(told), "application/json")
+        return told
+
+    def write(
+        self,
+        shard: int,
+        outcomes: Sequence[Outcome],
+        former: Stats | None,
+        measures: dict[str, Any],
+    ) -> Stats:
+        """Write the shard and its stats; files that the one before had, and it has not, go."""
+        began = datetime.now(UTC)
+        accepted = [one for one in outcomes if one.state == ACCEPTED]
+        with tempfile.TemporaryDirectory(prefix="farm-shard-") as folder:
+            written = self._write(shard_name(shard), accepted, Path(folder))
+            for one in written:
+                self._place.put_file(one.key, one.path, one.content_type)
+        stats = {
+            "shard": shard,
+            **self._told(outcomes),
+            "gates": self._gates,
+            "files": [{"key": w.key, "sha256": w.sha256, "size": w.size} for w in written],
+            "measures": measures,
+            "written_at": began.isoformat(timespec="seconds"),
+            "write_s": round((datetime.now(UTC) - began).total_seconds(), 3),
+        }
+        self._place.put(stats_key(shard), json_bytes(stats), "application/json")
+        gone = {one["key"] for one in (former or {}).get("files", ())} - {w.key for w in written}
+        self._place.delete(sorted(gone))
+        return stats
+
+    def _write(self, name: str, accepted: Sequence[Outcome], folder: Path) -> list[Written]:
+        with ExitStack() as stack:
+            writers = [
+                stack.enter_context(open_writer(form, name, folder, self._columns))
+                for form in self._formats
+            ]
+            for one, data in self._pictures(accepted):
+                sample = one.sample(data)
+                for writer in writers:
+                    writer.add(sample)
+            return [one for writer in writers for one in writer.close()]
+
+    def _pictures(self, accepted: Iterable[Outcome]) -> Iterator[tuple[Outcome, bytes]]:
+        """Each with its picture, in order; some are fetched ahead."""
+        waiting: deque[tuple[Outcome, Future[bytes]]] = deque()
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="fetch") as pool:
+            for one in accepted:
+                waiting.append((one, pool.submit(self._read, one.job)))
+                if len(waiting) >= _AHEAD:
+                    first, data = waiting.popleft()
+                    yield first, data.result()
+            for first, data in waiting:
+                yield first, data.result()
+
+    def _content(self, outcomes: Iterable[Outcome]) -> str:
+        """SHA-256 of all that decides the bytes of the shard's files."""
+        digest = hashlib.sha256(json.dumps([LAYOUT, *self._formats]).encode())
+        for one in outcomes:
+            if one.state == ACCEPTED:
+                told = [one.row, one.job.sha256, one.params, dict(one.columns)]
+                digest.update(json.dumps(told, sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def _told(self, outcomes: Sequence[Outcome]) -> Stats:
+        counts = Counter(one.state for one in outcomes)
+        tried = {str(one.row): [asdict(t) for t in one.tries] for one in outcomes if one.tries}
+        failed = {
+            str(one.row): {"state": one.state, "code": one.job.error_code, "error": one.job.error}
+            for one in outcomes
+            if one.state in (FAILED, CANCELLED)
+        }
+        return {
+            "content": self._content(outcomes),
+            "made": _made([one for one in outcomes if one.state == ACCEPTED]),
+            "rows": [outcomes[0].row, outcomes[-1].row + 1],
+            "counts": {state: counts[state] for state in STATES},
+            "tries": tried,
+            "failed": failed,
+            "pictures": [
+                [one.row, one.job.sha256, spec_mark(one.params)]
+                for one in outcomes
+                if one.state == ACCEPTED
+            ],
+            "bytes": sum(one.job.size_bytes or 0 for one in outcomes if one.state == ACCEPTED),
+            "render_s": round(sum(job.render_s or 0 for one in outcomes for job in one.jobs), 3),
+        }
+
+
+def _made(accepted: Sequence[Outcome]) -> Stats:
+    """How many pictures of each size and file format, from which model and engine, with what."""
+    specs = [one.job.spec for one in accepted]
+    loras = (name for spec in specs for name, _ in spec["loras"])
+    return {
+        "sizes": Counter(f"{spec['width']}x{spec['height']}" for spec in specs),
+        "forms": Counter(str(spec["format"]) for spec in specs),
+        "models": Counter(f"{one.job.spec['model']}:{one.job.engine}" for one in accepted),
+        "loras": Counter(loras),
+    }
+
+
+def spec_mark(params: Any) -> str:
+    """16 hex digits that tell what was asked for, whatever its place in the dataset."""
+    return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_json(place: BlobStore, key: str) -> Any:
+    """A JSON object; None where there is none, or it cannot be read as one."""
+    try:
+        found = json.loads(place.get(key))
+    except (BlobNotFound, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def json_bytes(value: Any) -> bytes:
+    """As it is stored: sorted, a line a value."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, indent=1).encode() + b"\n"
+
+
+def hash_of(place: BlobStore, key: str) -> str | None:
+    """The SHA-256 of an object's bytes; None where there is none."""
+    digest = hashlib.sha256()
+    try:
+        for chunk in place.chunks(key):
+            digest.update(chunk)
+    except BlobNotFound:
+        return None
+    return digest.hexdigest()

@@ -1,0 +1,54 @@
+"""How far a run is, by its batch, and by what lies in its place."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from farm.blobs import open_blobs
+from farm.datasets.batches import batch_key
+from farm.datasets.manifest import MANIFEST
+from farm.datasets.recipe import Recipe
+from farm.datasets.shards import read_json
+from farm.service import Farm, s3_options
+from farm.store.batches import BatchStatus
+
+
+@dataclass
+class Status:
+    """`batch`: None before the first run. `finished`: the dataset of this very batch is written.
+
+    `stats`: shards that have been written, at least once. `counts`: what the dataset holds, once it
+    was finished: of this run, or of the one before. `failures`: failed rows by error code.
+    """
+
+    name: str
+    label: str
+    out: str
+    batch: BatchStatus | None
+    finished: bool = False
+    shards: int = 0
+    stats: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    failures: dict[str, int] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"batch": self.batch and self.batch.as_dict()}
+
+
+def status(farm: Farm, recipe: Recipe, label: str = "") -> Status:
+    """Raises StorageUnavailable where the place cannot be read."""
+    batch = farm.made_by(recipe.owner, batch_key(recipe, label))
+    told = Status(recipe.name, label, recipe.place(label), batch)
+    if batch:
+        told.shards = -(-batch.total // recipe.shard_size)
+        told.failures = farm.failures(batch.id)
+    place = open_blobs(told.out, s3=s3_options(farm.settings))
+    try:
+        manifest = read_json(place, MANIFEST) or {}
+        told.stats = sum(1 for _ in place.list("stats/"))
+    finally:
+        place.close()
+    told.counts = manifest.get("counts", {})
+    told.finished = batch is not None and manifest.get("batch") == batch.id
+    return told
