@@ -38,4 +38,4 @@ class ImageFolderWriter(Writer):
 
     def _abandon(self) -> None:
         if self._metadata:
-            self._metadata.close()
+            self._metadata.abandon()

@@ -89,7 +89,7 @@ class ParquetWriter(Writer):
 
     def _abandon(self) -> None:
         if self._file:
-            self._file.close()
+            self._file.abandon()
 
 
 def _column(rows: list[dict[str, Value]], field: Any) -> Any:

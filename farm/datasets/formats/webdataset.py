@@ -45,4 +45,4 @@ class WebDatasetWriter(Writer):
 
     def _abandon(self) -> None:
         if self._file:
-            self._file.close()
+            self._file.abandon()

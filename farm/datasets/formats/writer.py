@@ -33,11 +33,13 @@ class HashedFile:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.size, self.closed = 0, False
+        self.size, self.closed, self._abandoned = 0, False, False
         self._path, self._hash = path, hashlib.sha256()
         self._file = path.open("wb", buffering=_BUFFER)
 
     def write(self, data: bytes) -> int:
+        if self._abandoned:
+            return len(data)
         self._hash.update(data)
         self.size += len(data)
         return self._file.write(data)
@@ -48,6 +50,11 @@ class HashedFile:
     def close(self) -> None:
         self.closed = True
         self._file.close()
+
+    def abandon(self) -> None:
+        """Close it; what is written later, as Arrow does at its end, goes nowhere."""
+        self._abandoned = True
+        self.close()
 
     def written(self, key: str, content_type: str) -> Written:
         """Closes it."""
