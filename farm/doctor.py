@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,7 @@ from farm.checks import Blocklist
 from farm.config import Settings, load_settings
 from farm.engines import PACKAGES, missing_packages
 from farm.errors import FarmError
+from farm.provenance import open_signer, read_anchors, read_mark
 from farm.service import Farm
 from farm.store import schema
 from farm.store.schema import Fit
@@ -26,6 +28,7 @@ from farm.store.tables import now
 Verdict = Literal["ok", "warn", "fail"]
 LOW_DISK, NO_DISK = 5 * 2**30, 200 * 2**20  # bytes
 MAX_SKEW_S = 5.0
+SOON_S = 30 * 86400.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ def examine(**flags: Any) -> list[Check]:
         settings = load_settings(**flags)
     except FarmError as error:
         return [*checks, Check("settings", "fail", error.message, "see `farm config show --help`")]
-    checks += [*_disk(settings), *_server(settings), *_catalogue(settings), *_blocklist(settings)]
+    for look in (_disk, _server, _catalogue, _blocklist, _signing):
+        checks += look(settings)
     try:
         farm = Farm(settings)
     except FarmError as error:
@@ -143,6 +147,30 @@ def _blocklist(settings: Settings) -> list[Check]:
         with _caught("blocklist", "mend the file, or unset FARM_BLOCKLIST", found):
             n = len(Blocklist.read(settings.blocklist).terms)
             found.append(Check("blocklist", "ok", f"{n:,} terms in {settings.blocklist}"))
+    return found
+
+
+def _signing(settings: Settings) -> list[Check]:
+    """Nothing where pictures are not signed: most farms do not."""
+    found: list[Check] = []
+    name = "signing"
+    with _caught(name, "see FARM_C2PA_CERTIFICATE and FARM_C2PA_KEY; farm provenance -h", found):
+        signer = open_signer(settings)
+        if signer is None:
+            return []
+        text = f"pictures are signed by {signer.name} until {signer.until:%Y-%m-%d}"
+        if signer.until.timestamp() < time.time() + SOON_S:
+            found.append(Check(name, "warn", text, "have the certificate renewed"))
+        else:
+            found.append(Check(name, "ok", text))
+        key = settings.c2pa_key
+        if key and key.stat().st_mode & stat.S_IROTH:
+            mend = f"let only the farm read it: chmod 600 {key}"
+            found.append(Check(name, "warn", "anybody on this machine can read c2pa_key", mend))
+        if settings.c2pa_trust:
+            fault = read_mark(signer.trial(), read_anchors(settings.c2pa_trust)).fault
+            mend = "add the authority of c2pa_certificate to c2pa_trust"
+            found += [Check(name, "warn", f"by c2pa_trust: {fault}", mend)] if fault else []
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from farm.catalog import Lane
 from farm.config import Settings
+from farm.provenance import open_signer
 from farm.service import Farm
 from farm.store import schema
 from farm.store.batches import BatchStatus
@@ -52,7 +53,10 @@ class LoneRunner(AbstractContextManager["LoneRunner"]):
         config = EngineConfig(lane.engine, lane.model, weights, micro_batch=weights.micro_batch)
         child = Child(config, log=home / "child.log")
         broker: Any = self.farm.broker
-        self.runner = Runner(config, child, self.settings, self.farm.db, broker, self.farm.blobs)
+        signer = open_signer(self.settings)
+        self.runner = Runner(
+            config, child, self.settings, self.farm.db, broker, self.farm.blobs, signer
+        )
         self.runner.start()
 
     @property

@@ -27,6 +27,7 @@ from farm.broker import TASK
 from farm.catalog import Catalog, Lane, load_catalog
 from farm.config import load_settings
 from farm.errors import DatabaseUnavailable, FarmError, InvalidConfig
+from farm.provenance import open_signer
 from farm.service import Farm
 from farm.units import GB, parse_size
 from workers.child import Child
@@ -91,6 +92,9 @@ def _serve(args: argparse.Namespace, engine_log: Path) -> int:
         memory_limit=parse_size(args.memory_limit) if args.memory_limit else None,
         needs_memory=None if need is None else int(need * GB),
     )
+    signer = open_signer(settings)
+    if signer:
+        log.info("pictures are signed by %s until %s", signer.name, signer.until.date())
     farm = Farm(settings)
     _await_schema(farm)
     child = Child(
@@ -100,7 +104,7 @@ def _serve(args: argparse.Namespace, engine_log: Path) -> int:
         decode_timeout_s=settings.decode_timeout_s,
         log=engine_log,
     )
-    runner = Runner(config, child, settings, farm.db, farm.broker, farm.blobs)
+    runner = Runner(config, child, settings, farm.db, farm.broker, farm.blobs, signer)
 
     def again() -> None:
         """The same worker anew, in this process: same pid, same parent, same arguments."""

@@ -4,6 +4,10 @@ While the blob store is away, or hangs, finished pictures go to the spool on thi
 their claims are kept. One after the other is tried until the store is back, then all are stored.
 Only the end of the worker gives them back; their pictures stay in the spool for whoever claims the
 jobs next.
+
+With a signer a picture is signed last, and hashed after that; the spool holds what was signed. That
+is no part of the fingerprint: a picture that is linked or found in the spool keeps the mark that it
+was made with.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from farm.errors import (
     StorageUnavailable,
 )
 from farm.pictures import CONTENT_TYPES, Origin, encode, object_key, sha256
+from farm.provenance import Signer
 from farm.spec import Fingerprints
 from farm.store.ids import JobRef
 from farm.store.jobs import Claim, Picture
@@ -51,9 +56,10 @@ class Keeper:
         recorder: Recorder,
         spool: Spool,
         upload_timeout_s: float = 300.0,
+        signer: Signer | None = None,
     ) -> None:
         self._blobs, self._origin, self._recorder = blobs, origin, recorder
-        self._spool, self._upload_timeout_s = spool, upload_timeout_s
+        self._spool, self._upload_timeout_s, self._signer = spool, upload_timeout_s, signer
         self._fingerprints = Fingerprints(origin.engine, origin.weights_sha256, origin.loras)
         self._lock = threading.Lock()
         self._ready = threading.Condition(self._lock)  # for the threads: there is something to do
@@ -82,7 +88,7 @@ class Keeper:
         """Why no more should be claimed, while others may be able to store; else nothing."""
         if self._outage.refused and self._holds():  # by what is held it is seen when it ends
             return f"{self._outage}; no more is claimed until it takes a picture"
-        return self._hangs()
+        return (self._signer.trouble if self._signer else "") or self._hangs()
 
     def _holds(self) -> bool:
         looks = any(hand.looks for hand in self._hands)  # what it tries is held no longer
@@ -297,9 +303,16 @@ class Keeper:
     def _file(self, one: Finished) -> bytes:
         """The picture's bytes. Raises BlobDamaged for one that the spool does not have whole."""
         if one.entry is None:
-            return encode(one.pixels.tobytes(), one.claim.spec, self._origin)
+            return self._signed(encode(one.pixels.tobytes(), one.claim.spec, self._origin), one)
         data, one.render_s = self._spool.read(one.entry)
         return data
+
+    def _signed(self, data: bytes, one: Finished) -> bytes:
+        """Raises EnvironmentFault when the signer's certificate has expired."""
+        if self._signer is None:
+            return data
+        spec, agent = one.claim.spec, f"{self._origin.engine}/{one.claim.spec.model}"
+        return self._signer.sign(data, spec.format, title=str(one.claim.ref), agent=agent)
 
     def _put(self, one: Finished, data: bytes, hand: Hand) -> bool:
         claim, spec = one.claim, one.claim.spec

@@ -19,6 +19,7 @@ from farm.catalog import Lane
 from farm.config import Settings
 from farm.errors import FarmError, JobCancelled
 from farm.pictures import Origin
+from farm.provenance import Signer
 from farm.store.db import Database
 from farm.store.ids import JobRef
 from farm.store.jobs import Claim, Picture
@@ -66,10 +67,11 @@ class Runner:
         db: Database,
         broker: Broker,
         blobs: BlobStore,
+        signer: Signer | None = None,
     ) -> None:
         self.lane = Lane(config.model, config.engine)
         self._child, self._settings, self._db = child, settings, db
-        self._broker, self._blobs = broker, blobs
+        self._broker, self._blobs, self._signer = broker, blobs, signer
         self._inputs = Inputs(blobs)
         self._lessons = Lessons(db, config)
         self._claims = Claims(db, self.lane, lambda: self._heart.session_id)
@@ -113,7 +115,12 @@ class Runner:
         self._spool = Spool(told.spool_path, self.lane, told.spool_max)
         self._spool.sweep()
         self._keeper = Keeper(
-            self._blobs, origin, self._recorder, self._spool, told.upload_timeout_s
+            self._blobs,
+            origin,
+            self._recorder,
+            self._spool,
+            told.upload_timeout_s,
+            self._signer,
         )
         self._reuse = Reuse(self._db, origin, self._claims.forget)
         self._heart = Heart(

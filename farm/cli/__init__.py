@@ -17,11 +17,13 @@ import typer
 
 from farm.cli import (
     admin,
+    dataset,
     jobs,
     look,
     manage,
     models,
     owners,
+    provenance,
     prune,
     results,
     run,
@@ -47,7 +49,8 @@ app = typer.Typer(
     ),
 )
 _ROOMS = (
-    submit, look, jobs, results, manage, prune, upkeep, run, serve, models, owners, admin,
+    submit, dataset, look, jobs, results, manage, prune, upkeep, run, serve, models, owners,
+    provenance, admin,
 )  # fmt: skip
 for room in _ROOMS:
     room.register(app)

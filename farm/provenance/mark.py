@@ -8,7 +8,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from farm.errors import InvalidParameter
 from farm.picture_bounds import refuse_endless
@@ -75,6 +75,8 @@ def read_mark(data: bytes, anchors: str | None = None) -> Mark:
             parameters, source_type = _parameters(picture), _source_type(picture)
         manifest = _manifest(data, anchors)
         return Mark(parameters=parameters, source_type=source_type, **manifest)
+    except UnidentifiedImageError:
+        raise InvalidParameter("it is no PNG, JPEG or WebP picture") from None
     except Exception as error:  # whatever a decoder says of bytes that strangers made
         what = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise InvalidParameter(f"it cannot be read as PNG, JPEG or WebP: {what}") from None
