@@ -27,6 +27,7 @@ from farm.cli import (
     prune,
     results,
     run,
+    schedule,
     serve,
     submit,
     upkeep,
@@ -49,8 +50,8 @@ app = typer.Typer(
     ),
 )
 _ROOMS = (
-    submit, dataset, look, jobs, results, manage, prune, upkeep, run, serve, models, owners,
-    provenance, admin,
+    submit, dataset, schedule, look, jobs, results, manage, prune, upkeep, run, serve, models,
+    owners, provenance, admin,
 )  # fmt: skip
 for room in _ROOMS:
     room.register(app)

@@ -12,10 +12,13 @@ Every function takes `at`, the time in seconds since 1970, so a simulated clock 
 
 from __future__ import annotations
 
+import re
+
 from sqlalchemy import Connection
 
-from farm.errors import Invalid
-from farm.schedules.times import closes, latest, next_due, shown
+from farm.errors import Invalid, InvalidParameter
+from farm.schedules.times import check_until, closes, latest, next_due, shown
+from farm.spec import NAME_PATTERN
 from farm.store import batches
 from farm.store import schedules as store
 from farm.store.schedules import Run, Schedule, Terms
@@ -25,7 +28,16 @@ KEPT = 100  # missed due times that get rows of their own
 
 
 def add(connection: Connection, terms: Terms, at: float) -> Schedule:
-    """A new schedule. Raises InvalidParameter for its times, Invalid for a name that is taken."""
+    """A new schedule; its log is called by its name.
+
+    Raises InvalidParameter for what it cannot be, and Invalid when its name is taken.
+    """
+    if not re.fullmatch(NAME_PATTERN, terms.name):
+        raise InvalidParameter(
+            f"name {terms.name[:63]!r}: expected small letters, digits, - and _, such as nightly"
+        )
+    if terms.until is not None:
+        check_until(terms.until)
     return store.add(connection, terms, next_due(terms.cron, terms.tz, at), at)
 
 

@@ -102,7 +102,7 @@ class _Held:
         if self.told is not None:
             return "pending", "given back by its dispatcher"
         error = self.summary.get("error")
-        if code == 1 and isinstance(error, dict):
+        if isinstance(error, dict):
             return "failed", _storable(str(error.get("message", "")))
         if code == 1 and self.summary:
             return "failed", "some rows failed; see its summary"

@@ -13,7 +13,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Iterator
-from datetime import UTC, datetime, time, timedelta
+from datetime import datetime, time, timedelta
 from itertools import islice
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -46,13 +46,12 @@ def local_zone() -> str:
         return "UTC"
 
 
-def check_until(text: str) -> str:
-    """The time of day at which a window closes. Raises InvalidParameter."""
+def check_until(text: str) -> None:
+    """Raises InvalidParameter for what is no time of day."""
     if not _CLOCK.fullmatch(text):
         raise InvalidParameter(
             f"until {text[:20]!r} is no time of day; expected HH:MM, such as 07:00"
         )
-    return text
 
 
 def due_times(cron: str, tz: str, after: float) -> Iterator[float]:
@@ -139,8 +138,3 @@ def label(due: float, tz: str) -> str:
 def shown(at: float, tz: str) -> str:
     """A moment for a person, in a schedule's own time zone."""
     return f"{datetime.fromtimestamp(at, zone(tz)):%Y-%m-%d %H:%M} ({tz})"
-
-
-def iso(at: float) -> str:
-    """A moment for a machine, in UTC."""
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")

@@ -150,7 +150,7 @@ def test_what_every_command_is_for(run: Run) -> None:
     expected = "submit status jobs watch results cancel retry pause resume prune models up worker"
     names = set(get_command(app).commands)  # type: ignore[attr-defined]
     service = "workers dispatcher serve token owner db doctor config audit reconcile provenance"
-    assert names == {*expected.split(), *service.split()}
+    assert names == {*expected.split(), *service.split(), "dataset", "schedule"}
 
 
 def test_help_needs_no_sql_and_no_celery() -> None:
