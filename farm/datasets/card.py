@@ -91,14 +91,23 @@ def _head(about: About) -> dict[str, Any]:
         "size_categories": [_size_category(about.rows)],
         "annotations_creators": ["machine-generated"],
         "tags": list(dict.fromkeys(["synthetic", "ai-generated", "renderfarm", *section.tags])),
-        "configs": [
-            {
-                "config_name": form,
-                "data_files": [{"split": "train", "path": _PLACES[form]}],
-                "default": True,
-            }
-        ],
-        "dataset_info": [{"config_name": form, "features": _features(form, about)}],
+        **_configuration(form, about),
+    }
+
+
+def _configuration(form: str, about: About) -> dict[str, Any]:
+    """With the types of all columns, which else are guessed from rows that may lack a value."""
+    told = {
+        "config_name": form,
+        "data_files": [{"split": "train", "path": _PLACES[form]}],
+        "default": True,
+    }
+    features = _features(form, about)
+    if form == "imagefolder":  # its reader looks only here, the one of tars only there
+        return {"configs": [{**told, "features": features}]}
+    return {
+        "configs": [told],
+        "dataset_info": [{"config_name": form, "features": features}],
     }
 
 

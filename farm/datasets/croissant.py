@@ -7,7 +7,6 @@ two datasets need two of those.)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -233,8 +232,3 @@ _FORMS: Mapping[str, Callable[[About, Sequence[str]], _Told]] = {
     "webdataset": _webdataset,
     "imagefolder": _imagefolder,
 }
-
-
-def text(node: Node) -> str:
-    """As the file has it."""
-    return json.dumps(node, ensure_ascii=False, indent=2) + "\n"

@@ -23,6 +23,9 @@ from farm.pictures import EXTENSIONS
 
 GROUP_BYTES = 16 << 20  # of pictures in a row group, which writers and readers hold whole
 GROUP_ROWS = 10_000
+_PAGE_ROWS = (
+    4  # written before Arrow looks how large its page is; pages of many pictures cost twice
+)
 _ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _PICTURE = ("image.bytes", "image.path")  # as Parquet names the leaves
@@ -56,6 +59,7 @@ class ParquetWriter(Writer):
             compression={**dict.fromkeys(names, "zstd"), **dict.fromkeys(_PICTURE, "none")},
             use_dictionary=[name for name in names if name not in ("row", "seed", "sha256")],
             write_statistics=names,
+            write_batch_size=_PAGE_ROWS,
         )
         self._rows: list[dict[str, Value]] = []
         self._pictures: list[bytes] = []
