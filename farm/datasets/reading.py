@@ -9,30 +9,30 @@ from farm.pictures import EXTENSIONS
 
 
 def reading(about: About) -> str:
-    """A block of Python for each format, for a copy of the dataset in a directory."""
+    """A block of Python for each reader, for a copy of the dataset in a directory."""
     chief = first(about.formats)
-    folder = f'folder = "path/to/{about.name}"\n'
-    parts = [
-        "With `datasets`; `train` is the one split:\n",
-        block(f"from datasets import load_dataset\n\n{folder}{_datasets(about, chief)}", "python"),
-    ]
+    told = {"With `datasets`; `train` is the one split:": _datasets(about, chief)}
     if "webdataset" in about.formats:
-        parts += ["As a stream, with `webdataset`:\n", block(folder + _webdataset(about), "python")]
+        told["As a stream, with `webdataset`:"] = _webdataset(about)
     if "parquet" in about.formats:
-        parts += ["The table without its pictures, with `pyarrow`:\n"]
-        parts += [block(folder + _PYARROW, "python")]
-    if "parquet" in about.formats:
-        parts += ["By its Croissant metadata, with `mlcroissant`:\n"]
-        parts += [block(folder + _CROISSANT, "python")]
+        told["The table without its pictures, with `pyarrow`:"] = _PYARROW
+        told["By its Croissant metadata, with `mlcroissant`:"] = _CROISSANT
+    parts = []
+    for words, lines in told.items():
+        python = lines.strip().replace("FOLDER", f'folder = "path/to/{about.name}"')
+        parts += [f"{words}\n", block(python, "python")]
     return "\n".join(parts)
 
 
 def _datasets(about: About, chief: str) -> str:
-    lines = [f'rows = load_dataset(folder, split="train")  # {chief}']
+    lines = ["from datasets import load_dataset\n\nFOLDER"]
+    lines.append(f'rows = load_dataset(folder, split="train")  # {chief}')
     for form in about.formats:
         if form != chief:
             lines.append(f'rows = load_dataset(folder, data_dir="{form}", split="train")')
-    return "\n".join(lines) + "\n"
+    if "imagefolder" in about.formats:
+        lines[-1] += '\nrows = rows.sort("row")  # shards of an image folder come in any order'
+    return "\n".join(lines)
 
 
 def _webdataset(about: About) -> str:
@@ -42,23 +42,26 @@ import glob
 
 import webdataset
 
+FOLDER
 tars = sorted(glob.glob(f"{{folder}}/webdataset/*.tar"))
 rows = webdataset.WebDataset(tars, shardshuffle=False).decode("pil")
 for picture, told in rows.to_tuple("{kinds}", "json"):
     print(picture.size, told["prompt"])
-""".lstrip()
+"""
 
 
 _PYARROW = """
 import pyarrow.dataset
 
+FOLDER
 table = pyarrow.dataset.dataset(f"{folder}/parquet").to_table(columns=["row", "prompt", "seed"])
-""".lstrip()
+"""
 
 _CROISSANT = """
 import mlcroissant
 
+FOLDER
 dataset = mlcroissant.Dataset(f"{folder}/croissant.json")
 for row in dataset.records("parquet"):
     print(row["parquet/image"], row["parquet/prompt"])
-""".lstrip()
+"""
