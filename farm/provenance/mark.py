@@ -96,8 +96,7 @@ def _parameters(picture: Image.Image) -> str | None:
 
 def _source_type(picture: Image.Image) -> str | None:
     """IPTC's digital source type in XMP, found without a parser: strangers wrote it."""
-    xmp = picture.info.get("xmp", b"")
-    found = _SOURCE_TYPE.search(xmp if isinstance(xmp, bytes) else str(xmp).encode())
+    found = _SOURCE_TYPE.search(picture.info.get("xmp", b""))
     return found[1].decode("utf-8", "replace") if found else None
 
 
