@@ -213,9 +213,9 @@ def take(connection: Connection, run: Run, holder: str, at: float, ttl_s: float)
     """Hold the run for `ttl_s` seconds; False: it is not as it was, or another one holds it."""
     free = or_(schedule_runs.c.lease_until.is_(None), schedule_runs.c.lease_until < at)
     mine = and_(_is(run), schedule_runs.c.state == run.state, free)
-    values = {"state": "running", "holder": holder, "lease_until": at + ttl_s, "why": ""}
-    begun = {"started_at": at} if run.started_at is None else {}
-    taken = update(schedule_runs).where(mine).values(**values, **begun)
+    values = {"state": "running", "holder": holder, "lease_until": at + ttl_s}
+    first = {"why": ""} if run.begun else {"started_at": at}
+    taken = update(schedule_runs).where(mine).values(**values, **first)
     return bool(connection.execute(taken).rowcount)
 
 
@@ -239,12 +239,12 @@ def release(
 ) -> bool:
     """Hold it no more: it is over, waits for its window, or may be carried on by anyone (pending).
 
-    `holder` None: nobody has it. False: it is another's now, or gone.
+    `holder` None: nobody has it. `why` empty: as it was. False: it is another's now, or gone.
     """
     mine = and_(_is(run), schedule_runs.c.holder.is_not_distinct_from(holder))
     over = state in ("succeeded", "failed")
     values = {
-        "state": state, "why": why, "holder": None, "lease_until": None,
+        "state": state, "why": why or schedule_runs.c.why, "holder": None, "lease_until": None,
         "finished_at": at if over else None, "summary": dict(summary) if summary else None,
     }  # fmt: skip
     return bool(connection.execute(update(schedule_runs).where(mine).values(values)).rowcount)
