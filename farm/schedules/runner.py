@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import signal
 import sys
@@ -21,7 +22,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from farm.children import Child, child_environment
+from farm.children import Child
 from farm.config import Settings
 from farm.schedules import policy
 from farm.schedules.times import label
@@ -189,12 +190,13 @@ class Runner:
             return
         schedule, run = taken
         name = f"schedule-{schedule.name}"
-        logs = self._settings.home.resolve() / "logs"
+        home = self._settings.home.resolve()
+        logs = home / "logs"
         argv = self._command(schedule, label(run.due_at, schedule.tz))
         held = _Held(schedule, run, Child(name, argv, logs / f"{name}.log"), time.monotonic())
         try:
             logs.mkdir(mode=0o700, parents=True, exist_ok=True)
-            held.child.start(child_environment(self._settings))
+            held.child.start(os.environ | {"FARM_HOME": str(home)})
         except OSError as error:
             with self._db.write() as connection:
                 why = f"its process does not start: {error}"

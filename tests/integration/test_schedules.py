@@ -197,7 +197,7 @@ def test_a_log_that_cannot_be_written(db: Database, tmp_path: Path) -> None:
     assert run.why.startswith("its process does not start: ")
 
 
-def test_a_run_has_the_farms_own_settings(db: Database, tmp_path: Path) -> None:
+def test_a_run_has_the_home_of_its_dispatcher(db: Database, tmp_path: Path) -> None:
     code = "import os; print('{\"batch\": \"' + os.environ['FARM_HOME'] + '\"}')"
     run = ended(db, tmp_path, [sys.executable, "-c", code])
     assert run.summary == {"batch": str(tmp_path)}
