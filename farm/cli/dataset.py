@@ -162,9 +162,11 @@ def _carry_out(
     summary = told.as_dict()
     if notify:
         _notify(recipe, summary)
+    tell_summary(told, file)
     if as_json:
         Lines.print(summary)
-    tell_summary(told, file)
+    else:
+        print_line(told.out)
     if not told.whole:
         raise typer.Exit(1)
 

@@ -131,13 +131,12 @@ def tell_summary(told: Summary, file: Path) -> None:
     counts = ", ".join(f"{n:,} {state}" for state, n in told.counts.items() if n)
     note(f"{told.name}: {plural(told.rows, 'row')}: {counts}, in {duration(told.seconds)}")
     note(
-        f"{told.rendered:,} rendered, {told.reused:,} were there; {plural(told.shards, 'shard')}, "
+        f"{told.rendered:,} rendered now, {told.reused:,} before; {plural(told.shards, 'shard')}, "
         f"{told.written:,} written, {show_size(told.bytes)} of pictures"
     )
     if not told.whole:
         label = f" --label {told.label}" if told.label else ""
         hint(f"why: farm status {told.batch}; again: farm dataset redrive {file}{label}")
-    print_line(told.out)
 
 
 def show_plan(told: Plan) -> None:
@@ -208,9 +207,9 @@ def show_verdict(told: Verdict) -> None:
 def show_diff(found: Diff) -> None:
     """Counts, and the first rows of each kind."""
     for what in ("same", "changed", "added", "removed"):
-        rows = found.rows.get(what, [])[:SHOWN]
-        shown = f"  rows {', '.join(map(str, rows))}" + (" ..." if rows else "")
-        print_line(f"{what:8} {getattr(found, what):>9,}" + (shown if rows else ""))
+        n, rows = getattr(found, what), found.rows.get(what, [])[:SHOWN]
+        shown = ", ".join(map(str, rows)) + (" ..." if n > len(rows) else "")
+        print_line(f"{what:8} {n:>9,}" + (f"  rows {shown}" if rows else ""))
 
 
 class Copied:

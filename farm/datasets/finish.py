@@ -80,7 +80,7 @@ def finish(
     loose = {
         "README.md": (card(about).encode(), "text/markdown"),
         "croissant.json": (json_bytes(croissant(about, files)), "application/ld+json"),
-        "recipe.toml": (recipe.text.encode(), "application/toml"),
+        "recipe.toml": (recipe.public_text.encode(), "application/toml"),
     }
     for key, (data, kind) in loose.items():
         place.put(key, data, kind)
@@ -90,7 +90,7 @@ def finish(
         "label": run.label,
         "version": version("renderfarm"),
         "batch": run.batch,
-        "recipe_sha256": hashlib.sha256(recipe.text.encode()).hexdigest(),
+        "recipe_sha256": hashlib.sha256(recipe.public_text.encode()).hexdigest(),
         "formats": list(recipe.formats),
         "rows": sum(contents.counts.values()),
         "counts": dict(contents.counts),
@@ -118,7 +118,7 @@ def _about(catalog: Catalog, recipe: Recipe, contents: Contents, run: Made) -> A
         sizes=dict(made["sizes"]),
         forms=tuple(sorted(made["forms"])) or ("png",),
         files=contents.files,
-        recipe=recipe.text,
+        recipe=recipe.public_text,
         published=run.published,
     )
 

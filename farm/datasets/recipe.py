@@ -29,6 +29,7 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tomlkit
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -240,6 +241,13 @@ class Recipe(_Section):
         out = self.out.replace("{label}", label)
         return out if out.startswith("s3://") else str((self.folder / out).absolute())
 
+    @property
+    def public_text(self) -> str:
+        """The file as it was written, without [notify]: a webhook's URL may be a secret."""
+        document = tomlkit.parse(self.text)
+        document.pop("notify", None)
+        return document.as_string()
+
     def digest(self, label: str) -> str:
         """SHA-256 of all that decides which rows there are and what they render, for one label."""
         parts = ("name", "pictures", "seed", "fresh", "prompts", "params", "filters")
@@ -311,5 +319,7 @@ def _sentence(item: Any) -> str:
         return f"{where}: no such key"
     if item["type"] == "missing":
         return f"{where}: is missing"
+    if item["type"] == "string_pattern_mismatch" and where == "name":
+        what = "expected small letters, digits, - and _, 63 at most"
     given = repr(item["input"])
     return f"{where}: {what}" + (f" (got {given})" if len(given) <= 60 else "")

@@ -27,14 +27,15 @@ from farm.errors import InvalidConfig, RowError
 from farm.service import Farm, s3_options
 from farm.states import JobState
 from farm.store.batches import BatchStatus
+from farm.store.schedules import clock
 
 
 @dataclass
 class Summary:
-    """What a run made. `rendered`: pictures rendered for it; `reused`: those there were before.
+    """What a run made. `bytes`: of the accepted pictures.
 
-    `written`: shards that this process wrote; `kept`: those that were complete. `bytes`: of the
-    accepted pictures. `seconds`: of this process.
+    Of this process: `rendered`: pictures rendered since it began, `reused`: those that were there;
+    `written`: shards that it wrote, `kept`: those that were complete; `seconds`.
     """
 
     name: str
@@ -59,15 +60,15 @@ class Summary:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"whole": self.whole}
 
-    def count(self, outcomes: Sequence[Outcome]) -> None:
-        """Add a shard's."""
+    def count(self, outcomes: Sequence[Outcome], since: float) -> None:
+        """Add a shard's. `since`: when the process began, by the database's clock."""
         counts = Counter(one.state for one in outcomes)
         for state in STATES:
             self.counts[state] += counts[state]
         tried = [job for one in outcomes for job in one.jobs]
         pictures = [job for job in tried if job.state == JobState.SUCCEEDED]
-        self.reused += sum(job.render_s is None for job in pictures)
-        self.rendered += sum(job.render_s is not None for job in pictures)
+        new = sum(job.render_s is not None and (job.finished_at or 0) >= since for job in pictures)
+        self.rendered, self.reused = self.rendered + new, self.reused + len(pictures) - new
         self.bytes += sum(one.job.size_bytes or 0 for one in outcomes if one.state == ACCEPTED)
 
 
@@ -116,7 +117,7 @@ class _Run:
         self._shards = Shards(place, farm.fetch, recipe)
 
     def run(self) -> Summary:
-        began = time.monotonic()
+        began, self._since = time.monotonic(), patiently(self._clock, self._tell)
         patiently(lambda: finish.check_place(self._place, self._recipe), self._tell)
         batch = self._batches.main()
         size = self._recipe.shard_size
@@ -132,6 +133,10 @@ class _Run:
         patiently(lambda: self._finish(batch, contents), self._tell)
         told.seconds = round(time.monotonic() - began, 3)
         return told
+
+    def _clock(self) -> float:
+        with self._farm.db.read() as connection:
+            return clock(connection)
 
     def _finish(self, batch: BatchStatus, contents: finish.Contents) -> None:
         run = finish.Made(self._label, batch.id, day(batch.created_at))
@@ -149,6 +154,6 @@ class _Run:
             lambda: self._shards.write(shard, outcomes, former, measures), self._tell
         )
         told.kept, told.written = told.kept + bool(kept), told.written + (not kept)
-        told.count(outcomes)
+        told.count(outcomes, self._since)
         self._tell.shard(shard, told.shards, not kept)
         return stats

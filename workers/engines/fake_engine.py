@@ -8,7 +8,8 @@ lock held.
 Other options: seconds_per_step, seconds_to_decode, crash_in_load, hang_in_load, and
 uninterruptible, which makes it deaf to a cancel as native code is. options["mood"] names a file: as
 long as it is there, the engine is a bad one, which treats every job as if the file's word stood
-before it; the word !load keeps it from loading.
+before it; the word !load keeps it from loading. options["fragile"] names a file too: as long as it
+is there, jobs fail whose prompt holds the word that it holds.
 
 A micro-batch needs options["bytes_per_pixel"] for each of its pixels, halved by each rung of
 `ease`, of which there are options["rungs"]; it has the memory_limit, else options["memory"] bytes.
@@ -28,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from farm.errors import EngineCrashed, FarmError, ModelNotLoaded, OutOfMemory
+from farm.errors import EngineCrashed, FarmError, ModelNotLoaded, OutOfMemory, RenderFailed
 from farm.spec import JobSpec
 from workers.engine import NO_INPUTS, EngineConfig, EngineInfo, Inputs, Pixels, Watch
 from workers.engines.input_pictures import init_picture, mask_picture
@@ -69,7 +70,13 @@ class FakeEngine:
             if not self._options.get("uninterruptible"):
                 watch.step(step + 1, jobs[0].steps)
         time.sleep(self._options.get("seconds_to_decode", 0))
-        return [_picture(job, inputs) for job in jobs]
+        fragile = self._word("fragile")
+        return [
+            RenderFailed("asked to fail for now")
+            if fragile and fragile in job.prompt
+            else _picture(job, inputs)
+            for job in jobs
+        ]
 
     def ease(self) -> str | None:
         if self._options.get("ease_fails"):
@@ -91,8 +98,11 @@ class FakeEngine:
             raise OutOfMemory(f"{need:g} bytes are more than {self._memory}")
 
     def _mood(self) -> str:
+        return self._word("mood")
+
+    def _word(self, option: str) -> str:
         try:
-            return Path(self._options["mood"]).read_text(encoding="utf-8").strip()
+            return Path(self._options[option]).read_text(encoding="utf-8").strip()
         except (KeyError, FileNotFoundError):
             return ""
 
