@@ -62,6 +62,12 @@ def test_daily_commands_and_python(tmp_path: Path, env: dict[str, str], up: None
     assert done.returncode == 0, done.stdout + done.stderr
     assert "200 jobs: 200 of shapes" in done.stdout
     assert "queued 200 jobs" in done.stderr
+    done = subprocess.run(
+        ["bash", "-euxc", block("dataset")], cwd=tmp_path, env=env, capture_output=True, text=True,
+        timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "published" / "webdataset" / "train-00000.tar").is_file()
     python = tmp_path / "python"
     python.mkdir()
     done = subprocess.run(
