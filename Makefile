@@ -15,7 +15,7 @@ SDCPP_CMAKE ?= -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGG
 
 .PHONY: help
 help: ## Show this help
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -36,7 +36,7 @@ $(VENV)/.dev: $(VENV)/.farm
 		$(PIP) install $(QUIET) --editable '.[embedded,diffusers,models,http,client,server,sdcpp,dataset,provenance]' --group dev
 	@touch $@
 
-.PHONY: install sdcpp demo test test-unit lint check format bench fuzz state chaos soak demo-model clean
+.PHONY: install sdcpp demo test test-unit lint check format bench fuzz state chaos soak dataset-kills demo-model clean
 install: $(VENV)/.farm ## Install the farm and the diffusers engine into .venv
 
 # Always built anew: pip's cache of wheels does not tell one build from another.
@@ -87,6 +87,9 @@ chaos: $(VENV)/.dev ## Kill, stop and cut off everything while jobs render, then
 
 soak: $(VENV)/.dev ## Run a whole farm at full speed for 20 minutes: do its processes grow?
 	$(BIN)/python -m tests.benchmarks.soak $(ARGS)
+
+dataset-kills: $(VENV)/.dev ## Make a dataset with the demo model, killed five times: the same bytes?
+	DATASET_MODEL=shapes $(BIN)/python -m pytest -q -s tests/e2e/test_dataset_run.py $(ARGS)
 
 demo-model: $(VENV)/.farm ## Train the demo model anew (more than an hour on two cores)
 	$(BIN)/python -m workers.demo.train --out farm/demo/shapes --work build/demo-model
