@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -48,8 +49,11 @@ class BlobStore(Protocol):
     def put_file(self, key: str, path: Path, content_type: str) -> None:
         """As `put`, from a file of any size, which is read piece by piece and stays where it is.
 
-        Raises OSError where the file cannot be read.
+        One that lies in `aside` may be moved. Raises OSError where the file cannot be read.
         """
+
+    def aside(self) -> AbstractContextManager[Path]:
+        """A new directory for files that are to be put, gone at the end with what is left in it."""
 
     def get(self, key: str) -> bytes:
         """The whole object. Raises BlobNotFound."""

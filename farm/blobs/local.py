@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
+import tempfile
 import threading
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +20,8 @@ from farm.blobs import PIECE, BlobStat, check_expiry, check_key, check_prefix, i
 from farm.errors import BlobNotFound, StorageRefused, StorageUnavailable
 
 _TEMPORARY = ".tmp-"  # no key starts with a dot
+_ASIDE = ".tmp-aside-"
+ASIDE_S = 24 * 3600  # what a killed process left aside goes after so long
 MOST_TRIES = 100  # to write into a directory that others remove as empty
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -39,15 +44,32 @@ class LocalBlobs:
         self._put(key, (data,))
 
     def put_file(self, key: str, path: Path, content_type: str) -> None:
+        if any(above.name.startswith(_ASIDE) for above in path.parents):
+            return self._move(key, path)
         with path.open("rb") as file:
             self._put(key, _pieces(file, PIECE))
+
+    @contextmanager
+    def aside(self) -> Iterator[Path]:
+        with self._faults("write"):
+            _make_directory(self._real_root)
+            _remove_left(self._real_root)
+            with tempfile.TemporaryDirectory(prefix=_ASIDE, dir=self._real_root) as folder:
+                yield Path(folder)
+
+    def _move(self, key: str, path: Path) -> None:
+        target = self._path(key)
+        with self._faults(f"write {key}"):
+            _sync(path, os.O_RDONLY)
+            _in_directory(target.parent, lambda: os.replace(path, target))
+            self._syncs.sync(target.parent)
 
     def _put(self, key: str, pieces: Iterable[bytes]) -> None:
         path = self._path(key)
         temporary = path.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
         try:
             with self._faults(f"write {key}"):
-                _write_aside(temporary, pieces)
+                _in_directory(path.parent, lambda: _write_file(temporary, pieces))
                 os.replace(temporary, path)
                 self._syncs.sync(path.parent)
         except BaseException:
@@ -238,12 +260,12 @@ def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
         yield piece
 
 
-def _write_aside(temporary: Path, pieces: Iterable[bytes]) -> None:
-    """Write the file, in a directory that may be made, or removed as empty, at this moment."""
+def _in_directory(directory: Path, do: Callable[[], None]) -> None:
+    """Make a file in a directory that may be made, or removed as empty, at this moment."""
     for left in reversed(range(MOST_TRIES)):
         try:
-            _make_directory(temporary.parent)
-            return _write_file(temporary, pieces)
+            _make_directory(directory)
+            return do()
         except (FileNotFoundError, FileExistsError):  # the latter: it went as mkdir looked at it
             if not left:
                 raise
@@ -268,8 +290,20 @@ def _make_directory(directory: Path) -> None:
         _sync_directory(directory.parent)
 
 
+def _remove_left(root: Path) -> None:
+    """What was left aside by processes that were killed."""
+    for folder in root.glob(f"{_ASIDE}*"):
+        with suppress(FileNotFoundError):
+            if folder.stat().st_mtime < time.time() - ASIDE_S:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    _sync(directory, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, how: int) -> None:
+    descriptor = os.open(path, how | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

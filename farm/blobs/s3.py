@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -72,6 +73,11 @@ class S3Blobs:
                     preferred_transfer_client="classic",
                 ),
             )
+
+    @contextmanager
+    def aside(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="farm-aside-") as folder:
+            yield Path(folder)
 
     def get(self, key: str) -> bytes:
         name = self._name(key)

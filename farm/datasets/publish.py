@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 from farm.blobs import BlobStore
 from farm.datasets.manifest import MANIFEST, File, files_of, manifest_of
@@ -46,8 +44,8 @@ def publish(
 
 def _copy(source: BlobStore, file: File, target: BlobStore) -> None:
     digest = hashlib.sha256()
-    with tempfile.TemporaryDirectory(prefix="farm-publish-") as folder:
-        path = Path(folder) / "file"
+    with target.aside() as folder:
+        path = folder / "file"
         with path.open("wb") as out:
             for chunk in source.chunks(file.key):
                 digest.update(chunk)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -86,10 +85,10 @@ class Shards:
         """Write the shard and its stats; files that the one before had, and it has not, go."""
         began = datetime.now(UTC)
         accepted = [one for one in outcomes if one.state == ACCEPTED]
-        with tempfile.TemporaryDirectory(prefix="farm-shard-") as folder:
-            written = self._write(shard_name(shard), accepted, Path(folder))
-            for one in written:
-                self._place.put_file(one.key, one.path, one.content_type)
+        with self._place.aside() as folder, ThreadPoolExecutor(_THREADS, "put") as pool:
+            written = self._write(shard_name(shard), accepted, folder)
+            put = lambda one: self._place.put_file(one.key, one.path, one.content_type)  # noqa: E731
+            list(pool.map(put, written))
         stats = {
             "shard": shard,
             **self._told(outcomes),

@@ -131,6 +131,19 @@ def test_a_file_replaces_and_stays_the_callers(blob_store: BlobStore, tmp_path: 
     assert keys(blob_store) == ["a"]
 
 
+def test_a_file_made_aside(blob_store: BlobStore) -> None:
+    blob_store.put("a/b", b"old", "text/plain")
+    with blob_store.aside() as folder:
+        (folder / "deep").mkdir()
+        blob_store.put_file("a/b", written(folder / "deep/file", b"new"), "text/plain")
+        written(folder / "left", b"never put")
+        assert keys(blob_store) == ["a/b"]
+    assert blob_store.get("a/b") == b"new"
+    assert not folder.exists()
+    with blob_store.aside() as other:
+        assert other != folder
+
+
 def test_a_file_that_is_not_there_stores_nothing(blob_store: BlobStore, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         blob_store.put_file("a", tmp_path / "nope", "text/plain")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -152,6 +153,32 @@ def test_a_file_is_stored_whole_or_not_at_all(
     assert written > 2**20
     assert store.get("a") == b"old"
     assert files(root) == ["a"]
+
+
+def test_a_file_made_aside_is_moved(store: BlobStore, root: Path) -> None:
+    with store.aside() as folder:
+        path = folder / "shard"
+        path.write_bytes(b"0123456789")
+        number = path.stat().st_ino
+        store.put_file("a/shard", path, "text/plain")
+        assert not path.exists()
+    assert (root / "a/shard").stat().st_ino == number
+    assert files(root) == ["shard"]
+
+
+def test_a_disk_that_is_full_while_a_file_is_made_aside(store: BlobStore) -> None:
+    with pytest.raises(StorageUnavailable, match="full"), store.aside():
+        raising(errno.ENOSPC)()
+
+
+def test_what_was_left_aside_by_the_killed_goes_after_a_day(store: BlobStore, root: Path) -> None:
+    left = [root / ".tmp-aside-old", root / ".tmp-aside-new"]
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / "shard").write_bytes(b"half")
+    os.utime(left[0], (0, time.time() - local.ASIDE_S - 60))
+    with store.aside():
+        assert [folder.exists() for folder in left] == [False, True]
 
 
 def test_a_disk_that_breaks_while_it_is_read(
