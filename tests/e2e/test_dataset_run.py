@@ -52,6 +52,7 @@ class Stage:
         out, err = process.communicate(timeout=600 if REAL else 200)
         assert process.returncode in (0, 1), err.decode()
         summary: dict[str, Any] = json.loads(out.splitlines()[-1])
+        assert "error" not in summary, err.decode()
         return process.returncode, summary
 
 
