@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import re
 import string
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -148,6 +149,8 @@ def parse_list(text: str) -> tuple[str, Sequence[Any]]:
         first, last = int(found[1]), int(found[2])
         if last < first:
             raise InvalidParameter(f"list {name!r}: {given} runs backwards")
+        if last - first >= sys.maxsize:
+            raise InvalidParameter(f"list {name!r}: {given} is too long")
         return name, range(first, last + 1)
     else:
         values = [value.strip() for value in given.split(",") if value.strip()]

@@ -12,7 +12,7 @@ from typing import Any
 
 from farm.blobs import BlobStore
 from farm.datasets.batches import Tell
-from farm.datasets.manifest import OWN
+from farm.datasets.place import OWN
 from farm.datasets.recipe import Recipe, load_recipe
 from farm.store.batches import BatchStatus
 from tests.farm_kit import ROOT

@@ -27,9 +27,10 @@ from farm.units import show_size
 if TYPE_CHECKING:
     from farm.datasets.batches import Tell
     from farm.datasets.diff import Diff
-    from farm.datasets.manifest import File, Verdict
+    from farm.datasets.manifest import Verdict
     from farm.datasets.plan import Plan
     from farm.datasets.run import Summary
+    from farm.datasets.stats import File
     from farm.datasets.status import Status
     from farm.service import Farm
     from farm.store.batches import BatchStatus

@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
+from farm.catalog import Catalog
 from farm.datasets.recipe import Recipe
 from farm.datasets.rows import Planned, Seeds, planned
 from farm.errors import (
     DatabaseUnavailable,
     InvalidConfig,
+    KeyReused,
     PictureBlocked,
     RowError,
     StorageRefused,
@@ -24,6 +26,7 @@ from farm.service import Farm
 from farm.store import reads
 from farm.store.batches import BatchStatus, Once
 from farm.store.reads import Job
+from farm.submitting import MAX_PRIORITY
 
 POLL_S = 0.25
 AWAY_S, MAX_AWAY_S = 0.5, 15.0
@@ -67,9 +70,11 @@ def patiently(do: Callable[[], T], tell: Tell) -> T:
         wait = min(wait * 2, MAX_AWAY_S)
 
 
-def batch_key(recipe: Recipe, label: str) -> Once:
+def batch_key(catalog: Catalog, recipe: Recipe, label: str) -> Once:
     """By which the batch of a recipe and label is found again."""
-    digest = recipe.digest(label)
+    named = {name: catalog.models.get(name) for name in map(str, recipe.models)}
+    defaults = {name: one.defaults.model_dump(mode="json") for name, one in named.items() if one}
+    digest = recipe.digest(label, defaults)
     return Once(f"dataset-{recipe.name}-{digest[:32]}", digest)
 
 
@@ -94,7 +99,12 @@ class Batches:
         self._farm, self._recipe, self._label = farm, recipe, label
         self._priority, self._redrive, self._tell = priority, redrive, tell
         self._seeds = Seeds(recipe, label)
-        self._key = batch_key(recipe, label)
+        self._key = batch_key(farm.catalog, recipe, label)
+
+    def check(self) -> None:
+        """Raises InvalidConfig when the prompts were changed since the run began."""
+        if batch_key(self._farm.catalog, self._recipe, self._label) != self._key:
+            raise InvalidConfig(CHANGED)
 
     def main(self) -> BatchStatus:
         """The batch of all rows. Raises InvalidPromptFile with the bad ones."""
@@ -112,7 +122,8 @@ class Batches:
         key = Once(f"dataset-{self._recipe.name}-again-{digest[:32]}", digest)
         again = [(row.line, row.fields | {"n": 1, "seed": seed}) for _, row, seed in seeded]
         name = f"{self._recipe.name} {self._label}".strip() + f", attempt {attempt + 1}"
-        found = self._made(lambda: iter(again), key, name, self._priority + 1)
+        first = min(self._priority + 1, MAX_PRIORITY)
+        found = self._made(lambda: iter(again), key, name, first)
         self.wait(found.id, 0, len(again))
         return self.jobs(found.id, 0, [seed for _, _, seed in seeded])
 
@@ -127,9 +138,13 @@ class Batches:
             return reads.is_open(connection, batch_id, first, end)
 
     def jobs(self, batch_id: str, first: int, seeds: Sequence[int]) -> list[Job]:
-        """The jobs from a place on, which must have these seeds."""
+        """The jobs from a place on, which must have these seeds.
+
+        Raises InvalidConfig, and NotFound for a batch that was pruned.
+        """
         found = patiently(lambda: self._page(batch_id, first, len(seeds)), self._tell)
         if [job.spec["seed"] for job in found] != list(seeds):
+            patiently(lambda: self._farm.status(batch_id), self._tell)
             raise InvalidConfig(CHANGED)
         return found
 
@@ -153,9 +168,15 @@ class Batches:
                 found = patiently(submit, self._tell)
                 break
             except SubmitInProgress:
-                self._tell.trouble("another process submits the same rows; waiting for it")
+                if not about["takeover_s"]:
+                    self._tell.trouble("another process submits the same rows; waiting for it")
                 about["takeover_s"] = SILENT_S
                 time.sleep(POLL_S)
+            except KeyReused as error:
+                raise InvalidConfig(
+                    f"{error.message}: the models or checks of this farm have changed since; give "
+                    "the run another --label, or forget that batch with `farm prune`"
+                ) from None
         if self._redrive:
             patiently(lambda: self._again(found), self._tell)
         return found

@@ -52,9 +52,9 @@ def diff(old: BlobStore, old_where: str, new: BlobStore, new_where: str) -> Diff
 def _rows(place: BlobStore, where: str) -> Any:
     """(row, the picture's SHA-256, (what was asked for, for the how manieth time)) of each row."""
     seen: Counter[str] = Counter()
-    for told, stats in stats_of(place, manifest_of(place, where)):
+    for shard, stats in stats_of(place, manifest_of(place, where)):
         if stats is None:
-            raise BlobDamaged(f"{where}: {told.key} is not what was written")
+            raise BlobDamaged(f"{where}: {shard.stats.key} is not what was written")
         for row, sha256, mark in stats["pictures"]:
             yield row, sha256, (mark, seen[mark])
             seen[mark] += 1

@@ -7,15 +7,14 @@ from collections import Counter
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-from farm.blobs import BlobStore
+from farm.blobs import README, BlobStore
 from farm.catalog import Catalog
 from farm.datasets.about import About, ModelAbout
 from farm.datasets.card import card
 from farm.datasets.croissant import FileAbout, croissant
-from farm.datasets.manifest import MANIFEST, OWN
+from farm.datasets.place import CROISSANT, MANIFEST, RECIPE, remove
 from farm.datasets.recipe import Recipe
-from farm.datasets.shards import LAYOUT, Stats, json_bytes, read_json, stats_key
-from farm.errors import InvalidConfig
+from farm.datasets.stats import LAYOUT, Stats, json_bytes, stats_key
 
 
 class Made(NamedTuple):
@@ -46,7 +45,7 @@ class Contents:
         files = stats["files"]
         listed = [one for one in files if not one["key"].startswith("imagefolder/")]
         listed += [one for one in files if one["key"].endswith("/metadata.jsonl")]
-        entry = {name: stats[name] for name in ("shard", "rows", "counts")}
+        entry = {"shard": stats["shard"], "rows": stats["rows"], "counts": stats["counts"]}
         self.shards.append(entry | {"stats": told, "files": listed})
         self.counts.update(stats["counts"])
         for name, counted in stats["made"].items():
@@ -55,16 +54,6 @@ class Contents:
             form = one["key"].partition("/")[0]
             n, size = self.files.get(form, (0, 0))
             self.files[form] = (n + 1, size + one["size"])
-
-
-def check_place(place: BlobStore, recipe: Recipe) -> None:
-    """Raises InvalidConfig when the place holds another dataset."""
-    found = read_json(place, MANIFEST)
-    if found is not None and found.get("name") != recipe.name:
-        raise InvalidConfig(
-            f"out: a dataset named {str(found.get('name'))[:60]!r} lies there; give "
-            f"{recipe.name!r} a place of its own, or remove the other one"
-        )
 
 
 def finish(
@@ -78,9 +67,9 @@ def finish(
     about = _about(catalog, recipe, contents, run)
     files = [FileAbout(**one) for shard in contents.shards for one in shard["files"]]
     loose = {
-        "README.md": (card(about).encode(), "text/markdown"),
-        "croissant.json": (json_bytes(croissant(about, files)), "application/ld+json"),
-        "recipe.toml": (recipe.public_text.encode(), "application/toml"),
+        README: (card(about).encode(), "text/markdown"),
+        CROISSANT: (json_bytes(croissant(about, files)), "application/ld+json"),
+        RECIPE: (recipe.public_text.encode(), "application/toml"),
     }
     for key, (data, kind) in loose.items():
         place.put(key, data, kind)
@@ -144,9 +133,11 @@ def _models(catalog: Catalog, contents: Contents) -> list[ModelAbout]:
 def _remove_leftovers(place: BlobStore, contents: Contents) -> None:
     """Shards beyond the last one, and files of formats that the recipe no longer has."""
     shards = {f"{shard['shard']:05d}" for shard in contents.shards}
-    formats = {f"{form}/" for form in contents.files} | {"stats/"}
-    for prefix in OWN:
-        for one in place.list(prefix):
-            name = one.key.removeprefix(prefix).partition("/")[0].partition(".")[0]
-            if prefix not in formats or name.rpartition("-")[2] not in shards:
-                place.delete([one.key])
+    formats = {*contents.files, "stats"}
+
+    def gone(key: str) -> bool:
+        form, _, name = key.partition("/")
+        number = name.partition("/")[0].partition(".")[0].rpartition("-")[2]
+        return form not in formats or number not in shards
+
+    remove(place, gone)

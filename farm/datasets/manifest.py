@@ -9,24 +9,34 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
 
 from farm.blobs import BlobStore
-from farm.datasets.shards import Stats, hash_of, read_json
-from farm.errors import NotFound
+from farm.datasets.place import MANIFEST, OWN
+from farm.datasets.stats import Count, File, Stats, hash_of, read_json, read_stats
+from farm.errors import BlobDamaged, NotFound
 
-MANIFEST = "manifest.json"
-OWN = ("webdataset/", "parquet/", "imagefolder/", "stats/")
-"""Below these, what no manifest names is left over from an earlier run."""
 _THREADS = 4
 
 
-class File(NamedTuple):
-    """A file that a manifest answers for; `sha256` None: it must be there, but nobody knows how."""
+class Shard(BaseModel):
+    """`stats`: the file that tells of it. `files`: those of its files that are not pictures."""
 
-    key: str
-    sha256: str | None
-    size: int
+    stats: File
+    files: tuple[File, ...]
+
+
+class Manifest(BaseModel):
+    """What a run writes last. `files`: those that are of no shard."""
+
+    name: str
+    batch: str
+    rows: Count
+    counts: dict[str, Count]
+    shards: tuple[Shard, ...]
+    files: tuple[File, ...]
 
 
 @dataclass
@@ -45,39 +55,48 @@ class Verdict:
         return asdict(self) | {"ok": not self.wrong}
 
 
-def manifest_of(place: BlobStore, where: str) -> dict[str, Any]:
-    """Raises NotFound where no dataset lies, or one that is not finished."""
-    found: dict[str, Any] | None = read_json(place, MANIFEST)
+def manifest_of(place: BlobStore, where: str) -> Manifest:
+    """Raises NotFound where no dataset lies, or one that is not finished, and BlobDamaged."""
+    found = read_json(place, MANIFEST)
     if found is None or "shards" not in found:
-        raise NotFound(f"{where} holds no finished dataset: there is no {MANIFEST}")
-    return found
+        raise NotFound(f"{where} holds no finished dataset: no {MANIFEST} that tells of one")
+    try:
+        return Manifest.model_validate(found)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise BlobDamaged(f"{where}: {MANIFEST} is none that a run writes: {what}") from None
 
 
-def stats_of(place: BlobStore, manifest: dict[str, Any]) -> Iterator[tuple[File, Stats | None]]:
-    """Each shard's stats file, with what it tells; None: it is not the one that was written."""
-    for shard in manifest["shards"]:
-        told = File(**shard["stats"])
-        whole = hash_of(place, told.key) == told.sha256
-        yield told, read_json(place, told.key) if whole else None
+def stats_of(place: BlobStore, manifest: Manifest) -> Iterator[tuple[Shard, Stats | None]]:
+    """Each shard, with what its stats tell; None: they are not those that were written."""
+    for shard in manifest.shards:
+        whole = hash_of(place, shard.stats.key) == shard.stats.sha256
+        yield shard, read_stats(place, shard.stats.key) if whole else None
 
 
-def files_of(place: BlobStore, manifest: dict[str, Any]) -> Iterator[File]:
-    """All files of a dataset but the manifest; of shards whose stats are not whole, the stats."""
-    for one in manifest["files"]:
-        yield File(**one)
-    for told, stats in stats_of(place, manifest):
-        yield told
-        for one in (stats or {}).get("files", ()):
-            yield File(**one)
+def files_of(place: BlobStore, manifest: Manifest) -> Iterator[File]:
+    """All files of a dataset but the manifest. Raises BlobDamaged for stats that are not whole."""
+    yield from manifest.files
+    for shard, stats in stats_of(place, manifest):
+        if stats is None:
+            raise BlobDamaged(f"{shard.stats.key} is not what was written")
+        yield shard.stats
+        yield from map(File.model_validate, stats["files"])
 
 
 def verify(place: BlobStore, where: str) -> Verdict:
-    """Read every file of a dataset and compare its hash. Raises NotFound where there is none."""
+    """Read every file of a dataset and compare its hash. Raises NotFound where there is none, and
+    BlobDamaged for a manifest that is none."""
     manifest = manifest_of(place, where)
-    told = Verdict(manifest["name"], rows=manifest["rows"], shards=len(manifest["shards"]))
-    known = {MANIFEST}
+    told = Verdict(manifest.name, rows=manifest.rows, shards=len(manifest.shards))
+    files, known = list(manifest.files), {MANIFEST}
+    for shard, stats in stats_of(place, manifest):
+        files += [
+            shard.stats,
+            *(map(File.model_validate, stats["files"]) if stats else shard.files),
+        ]
     with ThreadPoolExecutor(_THREADS) as pool:
-        files = list(files_of(place, manifest))
         for file, found in zip(
             files, pool.map(lambda f: hash_of(place, f.key), files), strict=True
         ):

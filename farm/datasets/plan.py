@@ -54,7 +54,7 @@ class Plan:
 def plan(farm: Farm, recipe: Recipe, label: str = "") -> Plan:
     """Read the whole recipe; nothing is changed. Raises InvalidPromptFile with the bad rows."""
     told = Plan(recipe.name, label, recipe.place(label), formats=list(recipe.formats))
-    made = farm.made_by(recipe.owner, batch_key(recipe, label))
+    made = farm.made_by(recipe.owner, batch_key(farm.catalog, recipe, label))
     told.batch = made.id if made else None
     left: Counter[str] = Counter()
     by_model: Counter[str] = Counter()

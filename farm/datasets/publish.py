@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Callable
 
 from farm.blobs import BlobStore
-from farm.datasets.manifest import MANIFEST, File, files_of, manifest_of
-from farm.datasets.shards import hash_of
+from farm.datasets.manifest import files_of, manifest_of
+from farm.datasets.place import MANIFEST, remove, take
+from farm.datasets.stats import File, hash_of
 from farm.errors import BlobDamaged
 
 TYPES = {
@@ -28,10 +29,16 @@ def publish(
 ) -> None:
     """Copy it; what lies there already, to the byte, stays, so that it can be gone on with.
 
-    `done` is called with each file, and whether it was copied. Raises NotFound where there is no
-    finished dataset, and BlobDamaged for a file that is not what was written.
+    Of an earlier version of the dataset, what is not in this one is removed at the end. `done` is
+    called with each file, and whether it was copied. Raises NotFound where there is no finished
+    dataset, BlobDamaged for a file that is not what was written, and InvalidConfig for a target
+    where something else lies.
     """
-    for file in files_of(source, manifest_of(source, where)):
+    manifest = manifest_of(source, where)
+    take(target, manifest.name)
+    known = set()
+    for file in files_of(source, manifest):
+        known.add(file.key)
         there = target.stat(file.key)
         copied = not (
             there and there.size == file.size and hash_of(target, file.key) == file.sha256
@@ -39,6 +46,7 @@ def publish(
         if copied:
             _copy(source, file, target)
         done(file, copied)
+    remove(target, lambda key: key not in known)
     target.put(MANIFEST, source.get(MANIFEST), TYPES["json"])
 
 

@@ -24,123 +24,60 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tomlkit
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from farm.datasets.card import CardSection
 from farm.datasets.formats import FORMATS, check_columns
 from farm.datasets.gates import GatesSection
+from farm.datasets.sections import KINDS, Filters, Prompts, Sampled, Scalar, Section
 from farm.errors import InvalidConfig, InvalidParameter
+from farm.inputs import absolute
 from farm.notify import NotifySection
 from farm.prompt_files import ROW_FIELDS
 from farm.prompts import MAX_PICTURES
 from farm.spec import FIELDS, NAME_PATTERN
-from farm.templates import Pick, Template, parse_list
+from farm.templates import Template, parse_list
 
 MAX_BYTES = 16 * 2**20
 MAX_COMBINATIONS = 1_000  # of the values that each row is rendered with
 MAX_SHARD = 1_000_000
-LABEL_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+def check_label(label: str) -> str:
+    """A run's label, or nothing: it stands in paths and keys. Raises InvalidParameter."""
+    if label and not _LABEL.fullmatch(label):
+        raise InvalidParameter(
+            f"label {label[:80]!r}: expected small letters, digits and . _ - between them, 63 at "
+            "most"
+        )
+    return label
 
 
-def _pattern(text: str) -> str:
-    re.compile(text)
-    return text
+def _place(out: str) -> str:
+    if "://" in out and not out.startswith("s3://"):
+        raise ValueError("expected a directory, or s3://bucket/prefix")
+    if "\0" in out:
+        raise ValueError("holds a NUL")
+    try:
+        Path(out).expanduser()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+    return out
 
 
-def _texts(given: Any) -> Any:
-    """A list of names: they hold texts."""
-    return dict.fromkeys(given, "text") if isinstance(given, list) else given
-
-
-Scalar = str | int | float | bool
-Kind = Literal["text", "int", "float", "bool"]
-KINDS: dict[Kind, type] = {"text": str, "int": int, "float": float, "bool": bool}
-
-
-class Prompts(_Section):
-    """Where rows come from: a prompt file, or a template and lists of values for its holes.
-
-    `columns`: field -> its name in the file. `keep`: what of the file goes into the dataset as it
-    is: names, or names with their kinds; a template's lists go there by themselves.
-    """
-
-    file: Path | None = None
-    format: Literal["jsonl", "csv", "tsv", "txt", "parquet"] | None = None
-    columns: dict[str, str] = {}
-    keep: Annotated[dict[str, Kind], BeforeValidator(_texts)] = {}
-    template: str | None = None
-    negative_prompt: str = ""
-    pick: Pick = "matrix"
-    count: Annotated[int, Field(ge=1)] | None = None
-    lists: dict[str, Any] = {}
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Prompts:
-        if (self.file is None) == (self.template is None):
-            raise ValueError("give file or template, and not both")
-        if self.file is None and (self.columns or self.keep or self.format):
-            raise ValueError("format, columns and keep go with file")
-        if self.template is None and (self.lists or self.negative_prompt or self.count):
-            raise ValueError("lists, count and negative_prompt go with template")
-        for name in self.columns:
-            if name not in ROW_FIELDS:
-                raise ValueError(f"columns: {name[:60]!r} is none of {', '.join(ROW_FIELDS)}")
-        return self
-
-
-class Sampled(_Section):
-    """Values for a field: each row with every one (`each`), or with one drawn for it.
-
-    `choice` draws evenly from a list; `uniform` from a range, both ends included, whole numbers if
-    both ends are.
-    """
-
-    each: Annotated[tuple[Scalar, ...], Field(min_length=1)] | None = None
-    choice: Annotated[tuple[Scalar, ...], Field(min_length=1)] | None = None
-    uniform: tuple[int | float, int | float] | None = None
-
-    @model_validator(mode="after")
-    def _one_way(self) -> Sampled:
-        if sum(one is not None for one in (self.each, self.choice, self.uniform)) != 1:
-            raise ValueError("give one of each, choice or uniform")
-        if self.uniform and not self.uniform[0] <= self.uniform[1]:
-            raise ValueError("uniform: the first number must not be larger than the second")
-        return self
-
-
-class Filters(_Section):
-    """Which rows are left out, by their prompts. A row that is left out takes no place."""
-
-    exclude: tuple[Annotated[str, AfterValidator(_pattern)], ...] = ()  # regular expressions
-    min_chars: Annotated[int, Field(ge=0)] = 0
-    max_chars: Annotated[int, Field(ge=1)] | None = None
-    distinct: bool = False  # a prompt that stood before is left out
-    limit: Annotated[int, Field(ge=1)] | None = None  # prompts taken, of those that are good
-
-
-class Recipe(_Section):
+class Recipe(Section):
     """A dataset, as a person writes it. Paths are from the recipe's own directory."""
 
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
-    out: Annotated[str, Field(min_length=1)]
+    out: Annotated[str, Field(min_length=1), AfterValidator(_place)]
     owner: str = ""
     priority: int = -10
     pictures: Annotated[int, Field(ge=1, le=MAX_PICTURES)] = 1
@@ -149,7 +86,8 @@ class Recipe(_Section):
     shard_size: Annotated[int, Field(ge=1, le=MAX_SHARD)] = 1_000
     formats: Annotated[tuple[str, ...], Field(min_length=1)] = ("webdataset",)
     prompts: Prompts
-    params: dict[str, Any] = {}
+    params: Annotated[dict[str, Any], Field(default_factory=dict)]
+    sampled: Annotated[dict[str, Sampled], Field(default_factory=dict)]  # of params
     filters: Filters = Filters()
     gates: GatesSection = GatesSection()
     card: CardSection
@@ -160,10 +98,12 @@ class Recipe(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _samples(cls, given: Any) -> Any:
+    def _split(cls, given: Any) -> Any:
         if isinstance(given, dict) and isinstance(given.get("params"), dict):
-            told = {k: Sampled(**v) if _is_sampled(k, v) else v for k, v in given["params"].items()}
-            given = {**given, "params": told}
+            params = given["params"]
+            sampled = {k: v for k, v in params.items() if isinstance(v, dict) and k != "loras"}
+            plain = {k: v for k, v in params.items() if k not in sampled}
+            given = {**given, "params": plain, "sampled": sampled}
         return given
 
     @model_validator(mode="after")
@@ -172,32 +112,43 @@ class Recipe(_Section):
             raise ValueError(f"formats: {unknown[0]!r} is none of {', '.join(FORMATS)}")
         if len(set(self.formats)) < len(self.formats):
             raise ValueError("formats: one stands twice")
-        for name in self.params:
+        for name in (*self.params, *self.sampled):
             if name not in FIELDS or name in ("prompt", "seed"):
                 known = ", ".join(f for f in FIELDS if f not in ("prompt", "seed"))
                 raise ValueError(f"params: {name[:60]!r} is none of {known}")
+        if not self.models:
+            raise ValueError("params: model is missing")
         if self.combinations > MAX_COMBINATIONS:
             raise ValueError(f"params: {self.combinations:,} combinations of `each`; at most 1,000")
         return self
 
-    @property
+    @cached_property
     def each(self) -> dict[str, tuple[Scalar, ...]]:
         """The fields of which a row has every value."""
-        return {k: v.each for k, v in self._sampled.items() if v.each is not None}
+        return {k: v.each for k, v in self.sampled.items() if v.each is not None}
 
-    @property
+    @cached_property
     def drawn(self) -> dict[str, Sampled]:
         """The fields of which a row has one value that is drawn for it."""
-        return {k: v for k, v in self._sampled.items() if v.each is None}
+        return {k: v for k, v in self.sampled.items() if v.each is None}
 
     @property
     def shared(self) -> dict[str, Any]:
         """The fields that are alike in all rows, unless a row has its own."""
-        return {k: v for k, v in self.params.items() if not isinstance(v, Sampled)}
+        pictures = {
+            name: absolute(given, self.folder)
+            for name in ("init_image", "mask_image")
+            if isinstance(given := self.params.get(name), str)
+        }
+        return self.params | pictures
 
     @property
-    def _sampled(self) -> dict[str, Sampled]:
-        return {k: v for k, v in self.params.items() if isinstance(v, Sampled)}
+    def models(self) -> list[Any]:
+        """The models that it names; rows of a file may name others."""
+        sampled, listed = self.sampled.get("model"), self.prompts.lists.get("model")
+        some = [self.params.get("model")] + (listed if isinstance(listed, list) else [listed])
+        some += [*(sampled.each or sampled.choice or ())] if sampled else []
+        return [one for one in some if one is not None]
 
     @property
     def combinations(self) -> int:
@@ -206,7 +157,7 @@ class Recipe(_Section):
             n *= len(values)
         return n
 
-    @property
+    @cached_property
     def template(self) -> Template | None:
         """Raises InvalidParameter when the holes and the lists do not fit together."""
         told = self.prompts
@@ -218,7 +169,7 @@ class Recipe(_Section):
             told.template, lists, told.negative_prompt, pick=told.pick, count=told.count, **seeded
         )
 
-    @property
+    @cached_property
     def columns(self) -> dict[str, type]:
         """What goes along from the prompts into the dataset, with its types."""
         template = self.template
@@ -238,28 +189,30 @@ class Recipe(_Section):
                 f"out = {self.out!r} has a place for the run's label; give one, as in --label "
                 f"{date.today().isoformat()}"
             )
-        out = self.out.replace("{label}", label)
-        return out if out.startswith("s3://") else str((self.folder / out).absolute())
+        out = self.out.replace("{label}", check_label(label))
+        if out.startswith("s3://"):
+            return out
+        return str((self.folder / Path(out).expanduser()).absolute())
 
-    @property
+    @cached_property
     def public_text(self) -> str:
-        """The file as it was written, without [notify]: a webhook's URL may be a secret."""
-        document = tomlkit.parse(self.text)
-        document.pop("notify", None)
-        return document.as_string()
+        """The recipe as TOML, without [notify] and comments: a webhook's URL may be a secret."""
+        told = {k: v for k, v in tomllib.loads(self.text).items() if k != "notify"}
+        plain = {k: v for k, v in told.items() if not isinstance(v, dict)}
+        return tomlkit.dumps(plain | told)
 
-    def digest(self, label: str) -> str:
-        """SHA-256 of all that decides which rows there are and what they render, for one label."""
-        parts = ("name", "pictures", "seed", "fresh", "prompts", "params", "filters")
+    def digest(self, label: str, defaults: Mapping[str, Any] | None = None) -> str:
+        """SHA-256 of all that decides which rows there are and what they render, for one label.
+
+        `defaults`: of the models, as the catalogue has them.
+        """
+        parts = ("name", "pictures", "seed", "fresh", "prompts", "params", "sampled", "filters")
         told = self.model_dump(mode="json", include=set(parts))
         template, file = self.template, self.prompt_file
-        lists = {n: list(v) for n, v in template.lists.items()} if template else {}
+        lists = {n: _mark(values) for n, values in template.lists.items()} if template else {}
         told |= {"label": label, "lists": lists, "file": file and _sha256(file)}
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def _is_sampled(name: str, value: Any) -> bool:
-    return name != "loras" and isinstance(value, dict)
+        text = json.dumps(told | {"defaults": defaults or {}}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _list(name: str, given: Any, folder: Path) -> Any:
@@ -272,6 +225,11 @@ def _list(name: str, given: Any, folder: Path) -> Any:
     raise InvalidParameter(f'list {name!r}: expected ["a", "b"], "1..100" or "@FILE"')
 
 
+def _mark(values: Sequence[Scalar]) -> list[Any]:
+    """What tells the values of a list, however long a range it is."""
+    return [values.start, values.stop] if isinstance(values, range) else [list(values)]
+
+
 def _kind_of(values: Sequence[Scalar]) -> type:
     kinds = {int} if isinstance(values, range) else {type(one) for one in values}
     if kinds <= {int, float}:
@@ -281,6 +239,8 @@ def _kind_of(values: Sequence[Scalar]) -> type:
 
 def _sha256(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():
+            raise InvalidConfig(f"{path} is no plain file; rows are read more than once")
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
@@ -290,16 +250,17 @@ def _sha256(path: Path) -> str:
 def load_recipe(path: Path) -> Recipe:
     """The recipe in a file. Raises InvalidConfig with each wrong key and what is wrong with it."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise InvalidConfig(f"{path}: a recipe has at most {MAX_BYTES >> 20} MiB")
         text = data.decode("utf-8-sig")
         told = tomllib.loads(text)
     except OSError as error:
         raise InvalidConfig(f"{path}: {error.strerror}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise InvalidConfig(f"{path}: {error}") from None
-    if bad := {"folder", "text"} & set(told):
+    if bad := {"folder", "text", "sampled"} & set(told):
         raise InvalidConfig(f"{path}: {bad.pop()}: no such key")
     try:
         recipe = Recipe(**told, folder=path.absolute().parent, text=text)
@@ -313,7 +274,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def _sentence(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"]) or "recipe"
+    where = ".".join(str(part) for part in item["loc"]).replace("sampled.", "params.", 1)
     what = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
         return f"{where}: no such key"
@@ -322,4 +283,5 @@ def _sentence(item: Any) -> str:
     if item["type"] == "string_pattern_mismatch" and where == "name":
         what = "expected small letters, digits, - and _, 63 at most"
     given = repr(item["input"])
-    return f"{where}: {what}" + (f" (got {given})" if len(given) <= 60 else "")
+    secret = where.startswith("notify") or len(given) > 60 or not where
+    return f"{where or 'recipe'}: {what}" + ("" if secret else f" (got {given})")

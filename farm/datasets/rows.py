@@ -19,8 +19,9 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from farm.datasets.gates import MAX_ATTEMPTS
-from farm.datasets.recipe import MAX_COMBINATIONS, Recipe, Sampled
+from farm.datasets.recipe import MAX_COMBINATIONS, Recipe
 from farm.datasets.sample import Value
+from farm.datasets.sections import Sampled, Scalar
 from farm.errors import InvalidConfig, RowError
 from farm.prompt_files import guess_format, read_rows
 from farm.prompts import MAX_PICTURES
@@ -79,7 +80,8 @@ def planned(recipe: Recipe, label: str = "") -> Iterator[Planned | RowError]:
                 yield found
                 continue
             number, line, row, columns = found
-            n = row.pop("n", recipe.pictures)
+            n = row.pop("n", None)
+            n = recipe.pictures if n is None else n
             if type(n) is not int or not 1 <= n <= MAX_PICTURES:
                 yield RowError(line, "n", repr(n)[:60], f"a whole number from 1 to {MAX_PICTURES}")
                 continue
@@ -145,29 +147,31 @@ def _columns(
     value: Any
     for name, kind in kinds.items():
         value = row.get(name)
-        if kind is str and isinstance(value, str | int | float):
-            value = str(value)
-        elif value is not None and type(value) is not kind:
-            try:
-                value = None if value == "" else _as(kind, value)
-            except ValueError:
-                return RowError(line, name, repr(value)[:60], f"{_SAID[kind]}, or nothing")
-        found[name] = value
+        try:
+            found[name] = None if value is None else _as(kind, value)
+        except ValueError:
+            return RowError(line, name, repr(value)[:60], f"{_SAID[kind]}, or nothing")
     return found
 
 
-_SAID = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+_SAID = {
+    str: "a text", int: "a whole number of 64 bits", float: "a number", bool: "true or false",
+}  # fmt: skip
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
 
 def _as(kind: type, value: Any) -> Value:
     """Raises ValueError. Texts of csv files are read as what they stand for."""
-    text = str(value).strip()
-    if kind is bool:
-        if text.lower() not in _TRUTH:
-            raise ValueError(text)
-        return _TRUTH[text.lower()]
-    made: Value = kind(text)
+    if not isinstance(value, Scalar):
+        raise ValueError(value)
+    text = str(value)
+    if kind is str or not text.strip():
+        return text if kind is str else None
+    if kind is bool and text.strip().lower() not in _TRUTH:
+        raise ValueError(text)
+    made: Value = _TRUTH[text.strip().lower()] if kind is bool else kind(text)
+    if kind is int and not -(2**63) <= int(text) < 2**63:
+        raise ValueError(text)
     return made
 
 
@@ -187,7 +191,7 @@ def _source(recipe: Recipe) -> Iterator[Iterator[tuple[int, Any]]]:
         return
     assert path is not None
     told = recipe.prompts
-    names = told.columns and {**told.columns, **{name: name for name in told.keep}}
+    names = {**{name: name for name in told.keep}, **told.columns}
     try:
         stream = path.open("rb")
     except OSError as error:
@@ -200,8 +204,8 @@ def _source(recipe: Recipe) -> Iterator[Iterator[tuple[int, Any]]]:
 def _of_template(recipe: Recipe) -> Iterator[tuple[int, dict[str, Any]]]:
     template = recipe.template
     assert template is not None
-    holes = template.holes
+    holes, columns = template.holes, recipe.columns
     for line, values in template.named():
         row = {name: value for name, value in values.items() if name not in holes}
-        kept = {name: values[name] for name in recipe.columns}
+        kept = {name: values[name] for name in columns}
         yield line, row | kept | template.texts(values)

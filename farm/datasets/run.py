@@ -12,21 +12,25 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from typing import Any
 
-from farm.blobs import BlobStore, open_blobs
+from farm.blobs import BlobStore
 from farm.datasets import finish
 from farm.datasets.batches import CHANGED, Batches, Tell, patiently
 from farm.datasets.outcome import ACCEPTED, CANCELLED, FAILED, STATES, Outcome
+from farm.datasets.place import open_place, take
 from farm.datasets.recipe import Recipe
 from farm.datasets.rows import Planned, planned
 from farm.datasets.settle import Settler
-from farm.datasets.shards import Shards, Stats
-from farm.errors import InvalidConfig, RowError
-from farm.service import Farm, s3_options
+from farm.datasets.shards import Shards
+from farm.datasets.stats import Stats
+from farm.errors import BlobDamaged, BlobNotFound, InvalidConfig, RowError
+from farm.service import Farm
 from farm.states import JobState
 from farm.store.batches import BatchStatus
+from farm.store.reads import Job
 from farm.store.schedules import clock
 
 
@@ -87,7 +91,7 @@ def run(
     and the blob store are waited out. Raises InvalidPromptFile with the bad rows, InvalidConfig
     when another dataset lies in its place, and StorageRefused.
     """
-    place = open_blobs(recipe.place(label), s3=s3_options(farm.settings))
+    place = open_place(recipe.place(label), farm.settings)
     priority = recipe.priority if priority is None else priority
     batches = Batches(farm, recipe, label, priority, redrive, tell)
     try:
@@ -113,12 +117,12 @@ class _Run:
     ) -> None:
         self._farm, self._recipe, self._label, self._place = farm, recipe, label, place
         self._batches, self._tell = batches, tell
-        self._settler = Settler(recipe, batches, farm.fetch, tell)
-        self._shards = Shards(place, farm.fetch, recipe)
+        self._settler = Settler(recipe, batches, self._fetch, tell)
+        self._shards = Shards(place, self._fetch, recipe)
 
     def run(self) -> Summary:
         began, self._since = time.monotonic(), patiently(self._clock, self._tell)
-        patiently(lambda: finish.check_place(self._place, self._recipe), self._tell)
+        patiently(lambda: take(self._place, self._recipe.name), self._tell)
         batch = self._batches.main()
         size = self._recipe.shard_size
         told = Summary(self._recipe.name, self._label, batch.id, self._recipe.place(self._label))
@@ -130,9 +134,19 @@ class _Run:
             contents.add(stats)
         if next(rows, None) is not None:
             raise InvalidConfig(CHANGED)
+        self._batches.check()
         patiently(lambda: self._finish(batch, contents), self._tell)
         told.seconds = round(time.monotonic() - began, 3)
         return told
+
+    def _fetch(self, job: Job) -> bytes:
+        try:
+            return self._farm.fetch(job)
+        except (BlobNotFound, BlobDamaged) as error:
+            raise type(error)(
+                f"{error.message}; `farm audit` finds all such pictures. To render the rows of "
+                f"batch {job.batch_id} anew, remove it: farm prune {job.batch_id}"
+            ) from error
 
     def _clock(self) -> float:
         with self._farm.db.read() as connection:
@@ -145,14 +159,15 @@ class _Run:
     def _shard(self, told: Summary, shard: int, rows: Sequence[Planned | RowError]) -> Stats:
         good = [row for row in rows if isinstance(row, Planned)]
         first = shard * self._recipe.shard_size
+        if len(good) != min(self._recipe.shard_size, told.rows - first):
+            raise InvalidConfig(CHANGED)
         self._batches.wait(told.batch, first, first + len(good))
         jobs = self._batches.jobs(told.batch, first, [row.fields["seed"] for row in good])
         former = patiently(lambda: self._shards.stats(shard), self._tell)
         outcomes, measures = self._settler.settle(first, good, jobs, former)
-        kept = patiently(lambda: self._shards.complete(shard, former, outcomes), self._tell)
-        stats = kept or patiently(
-            lambda: self._shards.write(shard, outcomes, former, measures), self._tell
-        )
+        complete = partial(self._shards.complete, former, outcomes, measures)
+        kept = patiently(complete, self._tell)
+        stats = kept or patiently(lambda: self._shards.write(shard, outcomes, measures), self._tell)
         told.kept, told.written = told.kept + bool(kept), told.written + (not kept)
         told.count(outcomes, self._since)
         self._tell.shard(shard, told.shards, not kept)

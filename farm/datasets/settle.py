@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import partial
 
 from farm.datasets.batches import Batches, Tell, patiently
-from farm.datasets.gates import Gates, Judge, Rejection
+from farm.datasets.gates import Gates, Judge, Measures, Rejection
 from farm.datasets.outcome import ACCEPTED, CANCELLED, FAILED, REJECTED, Outcome, Try
 from farm.datasets.recipe import Recipe
 from farm.datasets.rows import Planned
-from farm.datasets.shards import Stats
+from farm.datasets.stats import Stats
 from farm.errors import PictureBlocked
 from farm.states import JobState
 from farm.store.reads import Job
@@ -36,27 +36,28 @@ class Settler:
 
     def settle(
         self, first: int, rows: Sequence[Planned], jobs: Sequence[Job], former: Stats | None
-    ) -> tuple[list[Outcome], dict[str, Any]]:
+    ) -> tuple[list[Outcome], dict[str, Measures]]:
         """An outcome for each row, and what was measured of each picture, by its SHA-256.
 
         `first`: number of the first row. `former`: stats of the shard as it was written before;
         pictures that were measured then are not measured again.
         """
-        known: dict[str, Any] = {}
-        if former and former.get("gates") == self._gates.mark:
+        known: dict[str, Measures] = {}
+        if former and former["gates"] == self._gates.mark:
             known = dict(former["measures"])
         found = [
             Outcome(n, "", [job], row.columns)
             for n, (row, job) in enumerate(zip(rows, jobs, strict=True), first)
         ]
         left: list[Outcome] = found
-        used: dict[str, Any] = {}
+        used: dict[str, Measures] = {}
         for attempt in range(self._recipe.gates.attempts):
             if attempt:
                 again = [(one.row, rows[one.row - first]) for one in left]
                 for one, job in zip(left, self._batches.attempt(again, attempt), strict=True):
                     one.jobs.append(job)
-            used |= self._measured([one.job for one in left], known)
+            tried = [one.job for one in left]
+            used |= patiently(partial(self._measured, tried, known), self._tell)
             left = [one for one in left if not self._is_settled(one, used)]
             if not left:
                 break
@@ -64,7 +65,7 @@ class Settler:
             one.state = REJECTED
         return found, used
 
-    def _is_settled(self, one: Outcome, measures: dict[str, Any]) -> bool:
+    def _is_settled(self, one: Outcome, measures: dict[str, Measures]) -> bool:
         """Judge a row's present picture; False: it was rejected."""
         job = one.job
         if job.state == JobState.SUCCEEDED:
@@ -87,8 +88,8 @@ class Settler:
         seed = int(one.job.spec["seed"])
         one.tries.append(Try(seed, why.gate, why.why, one.job.sha256))
 
-    def _measured(self, jobs: Sequence[Job], known: dict[str, Any]) -> dict[str, Any]:
-        """Measures of the pictures of these jobs, by SHA-256."""
+    def _measured(self, jobs: Sequence[Job], known: dict[str, Measures]) -> dict[str, Measures]:
+        """Measures of the pictures of these jobs, by SHA-256; they are added to the `known`."""
         if not self._gates.look:
             return {}
         pictures = {str(job.sha256): job for job in jobs if job.state == JobState.SUCCEEDED}
@@ -98,6 +99,5 @@ class Settler:
                 known[str(job.sha256)] = told
         return {sha256: known[sha256] for sha256 in pictures}
 
-    def _measure(self, job: Job) -> Any:
-        data = patiently(lambda: self._read(job), self._tell)
-        return self._gates.measure(data, job.spec)
+    def _measure(self, job: Job) -> Measures:
+        return self._gates.measure(self._read(job), job.spec)

@@ -10,35 +10,35 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from farm.blobs import BlobStore
-from farm.datasets.formats import Written, open_writer
-from farm.datasets.gates import Gates
+from farm.datasets.formats import FORMATS, Written, open_writer
+from farm.datasets.gates import Gates, Measures
 from farm.datasets.outcome import ACCEPTED, CANCELLED, FAILED, STATES, Outcome
 from farm.datasets.recipe import Recipe
-from farm.errors import BlobNotFound
+from farm.datasets.stats import (
+    LAYOUT,
+    FileTold,
+    Stats,
+    hash_of,
+    json_bytes,
+    read_stats,
+    stats_key,
+)
 from farm.store.reads import Job
 
-LAYOUT = 1  # of shards and stats; a shard of another one is written anew
 SPLIT = "train"
 _THREADS, _AHEAD = 4, 16  # pictures fetched ahead of the writer
-
-Stats = dict[str, Any]
 
 
 def shard_name(shard: int) -> str:
     return f"{SPLIT}-{shard:05d}"
-
-
-def stats_key(shard: int) -> str:
-    return f"stats/{shard:05d}.json"
 
 
 class Shards:
@@ -56,52 +56,47 @@ class Shards:
 
     def stats(self, shard: int) -> Stats | None:
         """What is told of a shard; None where nothing is, or nothing that can be read."""
-        found: Stats | None = read_json(self._place, stats_key(shard))
-        return found
+        found = read_stats(self._place, stats_key(shard))
+        return found if found and found["shard"] == shard else None
 
     def complete(
-        self, shard: int, stats: Stats | None, outcomes: Sequence[Outcome]
+        self, stats: Stats | None, outcomes: Sequence[Outcome], measures: Mapping[str, Measures]
     ) -> Stats | None:
         """The shard's stats, if its files hold just these rows, to the byte; else None.
 
         What is told beside them, such as tries that led to them, is brought up to date.
         """
-        if stats is None or stats.get("content") != self._content(outcomes):
+        if stats is None or stats["content"] != self._content(outcomes):
             return None
         if any(hash_of(self._place, one["key"]) != one["sha256"] for one in stats["files"]):
             return None
-        told = stats | self._told(outcomes)
-        if json_bytes(told) != json_bytes(stats):
-            self._place.put(stats_key(shard), json_bytes(told), "application/json")
+        told = self._told(stats["shard"], outcomes, measures, stats["files"])
+        data = json_bytes(told)
+        if data != json_bytes(stats):
+            self._place.put(stats_key(stats["shard"]), data, "application/json")
         return told
 
     def write(
-        self,
-        shard: int,
-        outcomes: Sequence[Outcome],
-        former: Stats | None,
-        measures: dict[str, Any],
+        self, shard: int, outcomes: Sequence[Outcome], measures: Mapping[str, Measures]
     ) -> Stats:
-        """Write the shard and its stats; files that the one before had, and it has not, go."""
-        began = datetime.now(UTC)
+        """Write the shard, remove what lay in its place before, and write its stats."""
         accepted = [one for one in outcomes if one.state == ACCEPTED]
         with self._place.aside() as folder, ThreadPoolExecutor(_THREADS, "put") as pool:
             written = self._write(shard_name(shard), accepted, folder)
             put = lambda one: self._place.put_file(one.key, one.path, one.content_type)  # noqa: E731
             list(pool.map(put, written))
-        stats = {
-            "shard": shard,
-            **self._told(outcomes),
-            "gates": self._gates,
-            "files": [{"key": w.key, "sha256": w.sha256, "size": w.size} for w in written],
-            "measures": measures,
-            "written_at": began.isoformat(timespec="seconds"),
-            "write_s": round((datetime.now(UTC) - began).total_seconds(), 3),
-        }
+        self._clear(shard, {one.key for one in written})
+        files: Any = [{"key": w.key, "sha256": w.sha256, "size": w.size} for w in written]
+        stats = self._told(shard, outcomes, measures, files)
         self._place.put(stats_key(shard), json_bytes(stats), "application/json")
-        gone = {one["key"] for one in (former or {}).get("files", ())} - {w.key for w in written}
-        self._place.delete(sorted(gone))
         return stats
+
+    def _clear(self, shard: int, kept: Collection[str]) -> None:
+        """A reader of images stumbles over one that no metadata tell of."""
+        for form in FORMATS:
+            own = f"{form}/{shard_name(shard)}"
+            found = [one.key for one in self._place.list(own) if one.key not in kept]
+            self._place.delete([key for key in found if key.startswith((f"{own}.", f"{own}/"))])
 
     def _write(self, name: str, accepted: Sequence[Outcome], folder: Path) -> list[Written]:
         with ExitStack() as stack:
@@ -119,13 +114,17 @@ class Shards:
         """Each with its picture, in order; some are fetched ahead."""
         waiting: deque[tuple[Outcome, Future[bytes]]] = deque()
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="fetch") as pool:
-            for one in accepted:
-                waiting.append((one, pool.submit(self._read, one.job)))
-                if len(waiting) >= _AHEAD:
-                    first, data = waiting.popleft()
+            try:
+                for one in accepted:
+                    waiting.append((one, pool.submit(self._read, one.job)))
+                    if len(waiting) >= _AHEAD:
+                        first, data = waiting.popleft()
+                        yield first, data.result()
+                for first, data in waiting:
                     yield first, data.result()
-            for first, data in waiting:
-                yield first, data.result()
+            finally:
+                for _, data in waiting:
+                    data.cancel()
 
     def _content(self, outcomes: Iterable[Outcome]) -> str:
         """SHA-256 of all that decides the bytes of the shard's files."""
@@ -136,7 +135,13 @@ class Shards:
                 digest.update(json.dumps(told, sort_keys=True).encode())
         return digest.hexdigest()
 
-    def _told(self, outcomes: Sequence[Outcome]) -> Stats:
+    def _told(
+        self,
+        shard: int,
+        outcomes: Sequence[Outcome],
+        measures: Mapping[str, Measures],
+        files: list[FileTold],
+    ) -> Stats:
         counts = Counter(one.state for one in outcomes)
         tried = {str(one.row): [asdict(t) for t in one.tries] for one in outcomes if one.tries}
         failed = {
@@ -145,23 +150,27 @@ class Shards:
             if one.state in (FAILED, CANCELLED)
         }
         return {
+            "shard": shard,
             "content": self._content(outcomes),
             "made": _made([one for one in outcomes if one.state == ACCEPTED]),
-            "rows": [outcomes[0].row, outcomes[-1].row + 1],
+            "rows": (outcomes[0].row, outcomes[-1].row + 1),
             "counts": {state: counts[state] for state in STATES},
             "tries": tried,
             "failed": failed,
             "pictures": [
-                [one.row, one.job.sha256, spec_mark(one.params)]
+                (one.row, str(one.job.sha256), spec_mark(one.params))
                 for one in outcomes
                 if one.state == ACCEPTED
             ],
             "bytes": sum(one.job.size_bytes or 0 for one in outcomes if one.state == ACCEPTED),
             "render_s": round(sum(job.render_s or 0 for one in outcomes for job in one.jobs), 3),
+            "gates": self._gates,
+            "measures": dict(measures),
+            "files": files,
         }
 
 
-def _made(accepted: Sequence[Outcome]) -> Stats:
+def _made(accepted: Sequence[Outcome]) -> dict[str, dict[str, int]]:
     """How many pictures of each size and file format, from which model and engine, with what."""
     specs = [one.job.spec for one in accepted]
     loras = (name for spec in specs for name, _ in spec["loras"])
@@ -176,28 +185,3 @@ def _made(accepted: Sequence[Outcome]) -> Stats:
 def spec_mark(params: Any) -> str:
     """16 hex digits that tell what was asked for, whatever its place in the dataset."""
     return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def read_json(place: BlobStore, key: str) -> Any:
-    """A JSON object; None where there is none, or it cannot be read as one."""
-    try:
-        found = json.loads(place.get(key))
-    except (BlobNotFound, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def json_bytes(value: Any) -> bytes:
-    """As it is stored: sorted, a line a value."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, indent=1).encode() + b"\n"
-
-
-def hash_of(place: BlobStore, key: str) -> str | None:
-    """The SHA-256 of an object's bytes; None where there is none."""
-    digest = hashlib.sha256()
-    try:
-        for chunk in place.chunks(key):
-            digest.update(chunk)
-    except BlobNotFound:
-        return None
-    return digest.hexdigest()

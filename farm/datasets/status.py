@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from farm.blobs import open_blobs
 from farm.datasets.batches import batch_key
-from farm.datasets.manifest import MANIFEST
+from farm.datasets.manifest import manifest_of
+from farm.datasets.place import open_place
 from farm.datasets.recipe import Recipe
-from farm.datasets.shards import read_json
-from farm.service import Farm, s3_options
+from farm.errors import BlobDamaged, NotFound
+from farm.service import Farm
 from farm.store.batches import BatchStatus
 
 
@@ -38,17 +39,15 @@ class Status:
 
 def status(farm: Farm, recipe: Recipe, label: str = "") -> Status:
     """Raises StorageUnavailable where the place cannot be read."""
-    batch = farm.made_by(recipe.owner, batch_key(recipe, label))
+    batch = farm.made_by(recipe.owner, batch_key(farm.catalog, recipe, label))
     told = Status(recipe.name, label, recipe.place(label), batch)
     if batch:
         told.shards = -(-batch.total // recipe.shard_size)
         told.failures = farm.failures(batch.id)
-    place = open_blobs(told.out, s3=s3_options(farm.settings))
-    try:
-        manifest = read_json(place, MANIFEST) or {}
+    with closing(open_place(told.out, farm.settings)) as place:
         told.stats = sum(1 for _ in place.list("stats/"))
-    finally:
-        place.close()
-    told.counts = manifest.get("counts", {})
-    told.finished = batch is not None and manifest.get("batch") == batch.id
+        with suppress(NotFound, BlobDamaged):
+            manifest = manifest_of(place, told.out)
+            told.counts = manifest.counts
+            told.finished = batch is not None and manifest.batch == batch.id
     return told
