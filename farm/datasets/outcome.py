@@ -10,6 +10,7 @@ from farm.datasets.sample import Sample, Value
 from farm.spec import FIELDS
 from farm.store.reads import Job
 
+_EMPTY = (None, "", ())
 ACCEPTED, REJECTED, FAILED, CANCELLED = STATES = ("accepted", "rejected", "failed", "cancelled")
 
 
@@ -41,8 +42,8 @@ class Outcome:
     @property
     def params(self) -> dict[str, Any]:
         """The job's fields as JSON has them, without what is None or empty."""
-        told = {name: self.job.spec[name] for name in FIELDS}
-        return {k: v for k, v in told.items() if v is not None and v != "" and v != ()}
+        spec = self.job.spec
+        return {name: spec[name] for name in FIELDS if spec[name] not in _EMPTY}
 
     def sample(self, data: bytes) -> Sample:
         """An accepted row with its picture."""

@@ -14,6 +14,16 @@ from farm.datasets.sample import Sample, Value
 from farm.pictures import EXTENSIONS
 
 _RECORD = tarfile.RECORDSIZE
+_BLANK = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)  # no time, no owner, mode 0644
+_MODE, _TIME, _REST = _BLANK[100:124], _BLANK[136:148], _BLANK[156:]
+_SUM = sum(_MODE + _TIME + b" " * 8 + _REST)
+
+
+def _head(name: str, size: int) -> bytes:
+    """A member's, as tarfile writes it in ten times the time."""
+    named, sized = name.encode().ljust(100, b"\0"), b"%011o\0" % size
+    checksum = b"%06o\0 " % (_SUM + sum(named) + sum(sized))
+    return b"".join((named, _MODE, sized, _TIME, checksum, _REST))
 
 
 class WebDatasetWriter(Writer):
@@ -31,9 +41,7 @@ class WebDatasetWriter(Writer):
 
     def _member(self, name: str, data: bytes) -> None:
         assert self._file
-        head = tarfile.TarInfo(name)  # no time, no owner, mode 0644
-        head.size = len(data)
-        self._file.write(head.tobuf(tarfile.USTAR_FORMAT))
+        self._file.write(_head(name, len(data)))
         self._file.write(data)
         self._file.write(bytes(-len(data) % tarfile.BLOCKSIZE))
 
