@@ -51,6 +51,8 @@ def init(
             out.write(example.read_text(encoding="utf-8"))
     except FileExistsError:
         raise Invalid(f"{file} is there already; give another name") from None
+    except OSError as error:
+        raise Invalid(f"{file}: {error.strerror}") from None
     print_line(str(file))
     hint(f"next: edit it, then `farm dataset plan {file}` and `farm dataset run {file}`")
 
@@ -153,7 +155,8 @@ def _carry_out(
         try:
             told = carry_out(farm, recipe, label, priority=priority, redrive=redrive, tell=tell)
         except KeyboardInterrupt:
-            note(f"interrupted; the batch goes on, and `farm dataset run {file}` goes on with it")
+            again = f"farm dataset run {file}" + (f" --label {label}" if label else "")
+            note(f"interrupted; the batch goes on, and `{again}` goes on with it")
             raise
         except Exception as error:
             if notify:
@@ -290,12 +293,11 @@ def _recipe(file: Path) -> Recipe:
 @contextlib.contextmanager
 def _place(where: str, label: str) -> Iterator[tuple[BlobStore, str]]:
     """The store that a dataset lies in, by its place or its recipe."""
-    from farm.blobs import open_blobs
-    from farm.service import s3_options
+    from farm.datasets.place import open_place
 
     if where.endswith(".toml"):
         where = _recipe(Path(where)).place(label)
-    place = open_blobs(where, s3=s3_options(settings()))
+    place = open_place(where, settings())
     try:
         yield place, where
     finally:

@@ -22,6 +22,7 @@ from farm.cli.output import (
     print_line,
     short,
 )
+from farm.errors import EnvironmentFault
 from farm.units import show_size
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class _Words:
         if status.paused:
             hint(f"it is paused: farm resume {status.id}")
         if not status.done:
-            tell_unserved(self._farm, list(status.by_model))
+            with contextlib.suppress(EnvironmentFault):
+                tell_unserved(self._farm, list(status.by_model))
 
     def waits(self, status: BatchStatus) -> None:
         now = time.monotonic()
