@@ -32,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import TypedDict
 
 from farm.datasets.scores import Number, Score, ScoreSection, words
+from farm.datasets.seen import Seen
 from farm.errors import InvalidConfig, InvalidParameter
 from farm.picture_bounds import refuse_endless, refuse_scans
 from farm.spec import INPUT_FORMATS, MAX_INPUT_PIXELS
@@ -166,7 +167,7 @@ class Judge:
 
     def __init__(self, section: GatesSection) -> None:
         self._section = section
-        self._pixels: dict[bytes, int] = {}
+        self._pixels = Seen()
         if section.near_duplicates:
             self._near = _near().NearHashes(section.near_duplicates)
 
@@ -186,7 +187,7 @@ class Judge:
         if measures is None:
             return
         if "pixels" in measures:
-            self._pixels.setdefault(bytes.fromhex(measures["pixels"]), row)
+            self._pixels.add(bytes.fromhex(measures["pixels"]), row)
         if "phash" in measures and self._section.near_duplicates:
             self._near.add(row, int(measures["phash"], 16))
 

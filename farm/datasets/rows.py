@@ -22,6 +22,7 @@ from farm.datasets.gates import MAX_ATTEMPTS
 from farm.datasets.recipe import MAX_COMBINATIONS, Recipe
 from farm.datasets.sample import Value
 from farm.datasets.sections import Sampled, Scalar
+from farm.datasets.seen import BYTES, Seen
 from farm.errors import InvalidConfig, RowError
 from farm.prompt_files import guess_format, read_rows
 from farm.prompts import MAX_PICTURES
@@ -113,7 +114,7 @@ _Found = tuple[int, int, dict[str, Any], dict[str, Value]]
 def _chosen(recipe: Recipe, source: Iterator[tuple[int, Any]]) -> Iterator[_Found | RowError]:
     """(place in the source, line, fields, columns) of the rows that the filters leave."""
     told, taken = recipe.filters, 0
-    seen: set[bytes] = set()
+    seen = Seen()
     exclude = [re.compile(one) for one in told.exclude]
     kinds = recipe.columns
     for number, (line, row) in enumerate(source):
@@ -126,7 +127,7 @@ def _chosen(recipe: Recipe, source: Iterator[tuple[int, Any]]) -> Iterator[_Foun
                 continue
             if told.max_chars is not None and len(prompt) > told.max_chars:
                 continue
-            if told.distinct and not _is_new(prompt, seen):
+            if told.distinct and not seen.add(_mark(prompt), number):
                 continue
         if told.limit is not None and taken >= told.limit:
             return
@@ -175,11 +176,8 @@ def _as(kind: type, value: Any) -> Value:
     return made
 
 
-def _is_new(prompt: str, seen: set[bytes]) -> bool:
-    mark = hashlib.blake2b(prompt.encode(errors="surrogatepass"), digest_size=12).digest()
-    before = len(seen)
-    seen.add(mark)
-    return len(seen) > before
+def _mark(prompt: str) -> bytes:
+    return hashlib.blake2b(prompt.encode(errors="surrogatepass"), digest_size=BYTES).digest()
 
 
 @contextmanager
