@@ -33,6 +33,7 @@ class Contents:
         self.counts: Counter[str] = Counter()
         self.made: dict[str, Counter[str]] = {}
         self.files: dict[str, tuple[int, int]] = {}
+        self.signed = 0
 
     def add(self, stats: Stats) -> None:
         """Take a shard's stats, in order."""
@@ -48,6 +49,7 @@ class Contents:
         entry = {"shard": stats["shard"], "rows": stats["rows"], "counts": stats["counts"]}
         self.shards.append(entry | {"stats": told, "files": listed})
         self.counts.update(stats["counts"])
+        self.signed += stats["signed"]
         for name, counted in stats["made"].items():
             self.made.setdefault(name, Counter()).update(counted)
         for one in files:
@@ -109,6 +111,7 @@ def _about(catalog: Catalog, recipe: Recipe, contents: Contents, run: Made) -> A
         files=contents.files,
         recipe=recipe.public_text,
         published=run.published,
+        signed=0 < contents.signed == contents.counts["accepted"],
     )
 
 

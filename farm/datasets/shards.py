@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from farm.datasets.stats import (
     read_stats,
     stats_key,
 )
+from farm.provenance import is_signed
 from farm.store.reads import Job
 
 SPLIT = "train"
@@ -70,7 +72,8 @@ class Shards:
             return None
         if any(hash_of(self._place, one["key"]) != one["sha256"] for one in stats["files"]):
             return None
-        told = self._told(stats["shard"], outcomes, measures, stats["files"])
+        signed, files = stats["signed"], stats["files"]
+        told = self._told(stats["shard"], outcomes, measures, signed, files)
         data = json_bytes(told)
         if data != json_bytes(stats):
             self._place.put(stats_key(stats["shard"]), data, "application/json")
@@ -82,12 +85,12 @@ class Shards:
         """Write the shard, remove what lay in its place before, and write its stats."""
         accepted = [one for one in outcomes if one.state == ACCEPTED]
         with self._place.aside() as folder, ThreadPoolExecutor(_THREADS, "put") as pool:
-            written = self._write(shard_name(shard), accepted, folder)
+            written, signed = self._write(shard_name(shard), accepted, folder)
             put = lambda one: self._place.put_file(one.key, one.path, one.content_type)  # noqa: E731
             list(pool.map(put, written))
         self._clear(shard, {one.key for one in written})
         files: Any = [{"key": w.key, "sha256": w.sha256, "size": w.size} for w in written]
-        stats = self._told(shard, outcomes, measures, files)
+        stats = self._told(shard, outcomes, measures, signed, files)
         self._place.put(stats_key(shard), json_bytes(stats), "application/json")
         return stats
 
@@ -98,17 +101,22 @@ class Shards:
             found = [one.key for one in self._place.list(own) if one.key not in kept]
             self._place.delete([key for key in found if key.startswith((f"{own}.", f"{own}/"))])
 
-    def _write(self, name: str, accepted: Sequence[Outcome], folder: Path) -> list[Written]:
+    def _write(
+        self, name: str, accepted: Sequence[Outcome], folder: Path
+    ) -> tuple[list[Written], int]:
+        """The shard's files, and how many of its pictures are signed."""
+        signed = 0
         with ExitStack() as stack:
             writers = [
                 stack.enter_context(open_writer(form, name, folder, self._columns))
                 for form in self._formats
             ]
             for one, data in self._pictures(accepted):
+                signed += is_signed(data)
                 sample = one.sample(data)
                 for writer in writers:
                     writer.add(sample)
-            return [one for writer in writers for one in writer.close()]
+            return [one for writer in writers for one in writer.close()], signed
 
     def _pictures(self, accepted: Iterable[Outcome]) -> Iterator[tuple[Outcome, bytes]]:
         """Each with its picture, in order; some are fetched ahead."""
@@ -140,9 +148,11 @@ class Shards:
         shard: int,
         outcomes: Sequence[Outcome],
         measures: Mapping[str, Measures],
+        signed: int,
         files: list[FileTold],
     ) -> Stats:
         counts = Counter(one.state for one in outcomes)
+        jobs = [job for one in outcomes for job in one.jobs]
         tried = {str(one.row): [asdict(t) for t in one.tries] for one in outcomes if one.tries}
         failed = {
             str(one.row): {"state": one.state, "code": one.job.error_code, "error": one.job.error}
@@ -163,7 +173,12 @@ class Shards:
                 if one.state == ACCEPTED
             ],
             "bytes": sum(one.job.size_bytes or 0 for one in outcomes if one.state == ACCEPTED),
-            "render_s": round(sum(job.render_s or 0 for one in outcomes for job in one.jobs), 3),
+            "signed": signed,
+            "started_at": _moment(
+                min((job.started_at for job in jobs if job.started_at), default=0)
+            ),
+            "finished_at": _moment(max((job.finished_at or 0 for job in jobs), default=0)),
+            "render_s": round(sum(job.render_s or 0 for job in jobs), 3),
             "gates": self._gates,
             "measures": dict(measures),
             "files": files,
@@ -180,6 +195,10 @@ def _made(accepted: Sequence[Outcome]) -> dict[str, dict[str, int]]:
         "models": Counter(f"{one.job.spec['model']}:{one.job.engine}" for one in accepted),
         "loras": Counter(loras),
     }
+
+
+def _moment(at: float) -> str | None:
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds") if at else None
 
 
 def spec_mark(params: Any) -> str:

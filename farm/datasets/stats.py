@@ -45,8 +45,9 @@ class Stats(TypedDict):
     `content`: SHA-256 of all that decides the bytes of its files. `made`: pictures of each size,
     file format, model and LoRA. `rows`: the first, and the one behind the last. `tries`: what was
     rejected before, by row. `pictures`: of each accepted row its number, the picture's SHA-256 and
-    a mark of what was asked for. `measures`: by SHA-256 of the picture, as `gates` (a mark) has
-    them.
+    a mark of what was asked for. `signed`: how many of them carry a C2PA manifest. `started_at`,
+    `finished_at`: of its first and its last job, UTC. `measures`: by SHA-256 of the picture, as
+    `gates` (a mark) has them.
     """
 
     shard: Count
@@ -58,6 +59,9 @@ class Stats(TypedDict):
     failed: dict[str, dict[str, Any]]
     pictures: list[tuple[Count, Hash, str]]
     bytes: Count
+    signed: Count
+    started_at: str | None
+    finished_at: str | None
     render_s: float
     gates: str
     measures: dict[str, Measures]

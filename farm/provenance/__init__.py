@@ -10,7 +10,7 @@ uses the network: a manifest that is kept elsewhere is not fetched.
 """
 
 from farm.provenance.authority import Authority, make_authority
-from farm.provenance.mark import Mark, read_mark
+from farm.provenance.mark import Mark, is_signed, read_mark
 from farm.provenance.pem import read_anchors
 from farm.provenance.signer import Signer, open_signer
 
@@ -18,6 +18,7 @@ __all__ = [
     "Authority",
     "Mark",
     "Signer",
+    "is_signed",
     "make_authority",
     "open_signer",
     "read_anchors",

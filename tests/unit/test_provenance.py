@@ -31,6 +31,7 @@ from farm.provenance import (
     Authority,
     Signer,
     authority,
+    is_signed,
     make_authority,
     open_signer,
     read_anchors,
@@ -122,14 +123,20 @@ def test_c2pas_own_reader_finds_a_valid_manifest(form: str, signer: Signer, anch
     assert (mark.claim_generator or "").startswith("renderfarm ")
 
 
-@pytest.mark.parametrize("is_signed", [False, True], ids=["plain", "signed"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_signed_picture_is_told_at_once(form: str, signer: Signer) -> None:
+    assert is_signed(signed(signer, form))
+    assert not is_signed(plain(form, "c2pa: urn:c2pa jumb jumd")[1])
+
+
+@pytest.mark.parametrize("signs", [False, True], ids=["plain", "signed"])
 @pytest.mark.parametrize("form", FORMS)
 def test_what_others_programs_read(
-    form: str, is_signed: bool, signer: Signer, tmp_path: Path
+    form: str, signs: bool, signer: Signer, tmp_path: Path
 ) -> None:
     job, data = plain(form, PROMPTS["words"], negative_prompt="dull", scheduler="euler_a")
     path = tmp_path / f"picture.{EXTENSIONS[form]}"
-    path.write_bytes(signer.sign(data, form, title="t", agent="a") if is_signed else data)
+    path.write_bytes(signer.sign(data, form, title="t", agent="a") if signs else data)
     found = ParserManager().parse(path)
     assert found is not None
     assert [prompt.value for prompt in found.prompts] == [PROMPTS["words"]]
