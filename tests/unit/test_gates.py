@@ -205,6 +205,16 @@ def test_how_much_grain_is_blank_can_be_said() -> None:
     assert judged(pictures)[0] == Rejection("blank", "standard deviation 0.5, less than 2")
 
 
+@pytest.mark.parametrize("grain", [0, 1, 7, 255])
+@pytest.mark.parametrize("colour", [(0, 0, 0), (12, 200, 90), (0, 0, 255)])
+def test_the_deviation_is_that_of_the_most_varied_colour(
+    colour: tuple[int, int, int], grain: int
+) -> None:
+    image = flat(*colour, grain=grain)
+    measured = Gates(GatesSection()).measure(file(image), PARAMS)["std"]
+    assert measured == pytest.approx(np.asarray(image).std(axis=(0, 1)).max(), abs=1e-3)
+
+
 def test_sides() -> None:
     pictures = [
         file(scene(n).resize(size)) for n, size in enumerate([(64, 48), (64, 64), (65, 64)])
