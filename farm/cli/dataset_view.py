@@ -104,12 +104,15 @@ class _Bars(_Words):
         self._show(status, self._pace.rate(status, time.monotonic()))
 
     def _show(self, status: BatchStatus, rate: float | None) -> None:
+        self._total = status.total
         told = sentence(status, rate).partition(" done")[2].lstrip(", ")
         done = status.total - status.open
         self._progress.update(self._rows, total=status.total, completed=done, told=told)
 
     def shard(self, shard: int, shards: int, written: bool) -> None:
         told = "" if written else "were whole"
+        if shard + 1 == shards:
+            self._progress.update(self._rows, completed=self._total, told="")
         self._progress.update(self._shards, total=shards, completed=shard + 1, told=told)
 
 
