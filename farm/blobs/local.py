@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -141,7 +142,9 @@ class LocalBlobs:
         """Nothing is held open."""
 
     def _path(self, key: str) -> Path:
-        path = self.root / check_key(key)
+        path = self._real_root / check_key(key)
+        if not self._has_link(key):  # the usual case, in a fifth of the time
+            return path
         with self._faults(f"look up {key}"):
             try:
                 real = path.resolve()
@@ -153,6 +156,10 @@ class LocalBlobs:
                 f"blob URL at the directory that it leads to"
             )
         return real
+
+    def _has_link(self, key: str) -> bool:
+        ways = accumulate(key.split("/"), os.path.join, initial=str(self._real_root))
+        return any(map(os.path.islink, islice(ways, 1, None)))
 
     def _walk(self, directory: str, prefix: str) -> Iterator[BlobStat]:
         with self._faults(f"list {directory or 'it'}"):
