@@ -131,9 +131,7 @@ def test_a_signed_picture_is_told_at_once(form: str, signer: Signer) -> None:
 
 @pytest.mark.parametrize("signs", [False, True], ids=["plain", "signed"])
 @pytest.mark.parametrize("form", FORMS)
-def test_what_others_programs_read(
-    form: str, signs: bool, signer: Signer, tmp_path: Path
-) -> None:
+def test_what_others_programs_read(form: str, signs: bool, signer: Signer, tmp_path: Path) -> None:
     job, data = plain(form, PROMPTS["words"], negative_prompt="dull", scheduler="euler_a")
     path = tmp_path / f"picture.{EXTENSIONS[form]}"
     path.write_bytes(signer.sign(data, form, title="t", agent="a") if signs else data)
