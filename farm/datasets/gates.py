@@ -34,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import TypedDict
 
 from farm.datasets.scores import Number, Score, ScoreSection, words
-from farm.datasets.seen import Seen
+from farm.datasets.seen import BYTES, Seen
 from farm.errors import InvalidConfig, InvalidParameter
 from farm.picture_bounds import refuse_endless, refuse_scans
 from farm.spec import INPUT_FORMATS, MAX_INPUT_PIXELS
@@ -192,7 +192,7 @@ class Judge:
         if measures is None:
             return
         if "pixels" in measures:
-            self._pixels.add(bytes.fromhex(measures["pixels"]), row)
+            self._pixels.add(_mark(measures["pixels"]), row)
         if "phash" in measures and self._section.near_duplicates:
             self._near.add(row, int(measures["phash"], 16))
 
@@ -215,7 +215,7 @@ class Judge:
     def _exact(self, measures: Measures) -> Rejection | None:
         if not self._section.exact_duplicates:
             return None
-        row = self._pixels.get(bytes.fromhex(measures["pixels"]))
+        row = self._pixels.get(_mark(measures["pixels"]))
         return None if row is None else Rejection("exact_duplicates", f"the pixels of row {row}")
 
     def _nearly(self, measures: Measures) -> Rejection | None:
@@ -262,6 +262,10 @@ def _pixels(image: Image) -> str:
     digest = hashlib.sha256(b"%d %d " % image.size)
     digest.update(image.tobytes())
     return digest.hexdigest()[:32]
+
+
+def _mark(pixels: str) -> int:
+    return int(pixels[-2 * BYTES :], 16)
 
 
 def _near() -> ModuleType:

@@ -176,8 +176,9 @@ def _as(kind: type, value: Any) -> Value:
     return made
 
 
-def _mark(prompt: str) -> bytes:
-    return hashlib.blake2b(prompt.encode(errors="surrogatepass"), digest_size=BYTES).digest()
+def _mark(prompt: str) -> int:
+    text = prompt.encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=BYTES).digest())
 
 
 @contextmanager
