@@ -12,8 +12,8 @@ from typing import Any
 
 from farm.blobs import BlobStore
 from farm.datasets.batches import Tell
-from farm.datasets.place import OWN
 from farm.datasets.recipe import Recipe, load_recipe
+from farm.datasets.stats import OWN
 from farm.store.batches import BatchStatus
 from tests.farm_kit import ROOT
 

@@ -12,9 +12,9 @@ from farm.catalog import Catalog
 from farm.datasets.about import About, ModelAbout
 from farm.datasets.card import card
 from farm.datasets.croissant import FileAbout, croissant
-from farm.datasets.place import CROISSANT, MANIFEST, RECIPE, remove
+from farm.datasets.place import remove
 from farm.datasets.recipe import Recipe
-from farm.datasets.stats import LAYOUT, Stats, json_bytes, stats_key
+from farm.datasets.stats import CROISSANT, LAYOUT, MANIFEST, RECIPE, Stats, json_bytes, stats_key
 
 
 class Made(NamedTuple):

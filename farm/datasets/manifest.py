@@ -14,8 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from farm.blobs import BlobStore
-from farm.datasets.place import MANIFEST, OWN
-from farm.datasets.stats import Count, File, Stats, hash_of, read_json, read_stats
+from farm.datasets.stats import MANIFEST, OWN, Count, File, Stats, hash_of, read_json, read_stats
 from farm.errors import BlobDamaged, NotFound
 
 _THREADS = 4

@@ -6,16 +6,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from farm.blobs import README, BlobStore, open_blobs
+from farm.blobs import BlobStore, open_blobs
 from farm.config import Settings
-from farm.datasets.stats import LAYOUT, json_bytes, read_json
+from farm.datasets.stats import LAYOUT, LOOSE, MANIFEST, OWN, json_bytes, read_json
 from farm.errors import InvalidConfig
 from farm.service import s3_options
-
-MANIFEST, CROISSANT, RECIPE = "manifest.json", "croissant.json", "recipe.toml"
-LOOSE = (MANIFEST, README, CROISSANT, RECIPE)
-OWN = ("webdataset/", "parquet/", "imagefolder/", "stats/")
-"""Below these, what no manifest names is left over from an earlier run."""
 
 
 def open_place(where: str, settings: Settings) -> BlobStore:

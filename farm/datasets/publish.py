@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from farm.blobs import BlobStore
 from farm.datasets.manifest import files_of, manifest_of
-from farm.datasets.place import MANIFEST, remove, take
-from farm.datasets.stats import File, hash_of
+from farm.datasets.place import remove, take
+from farm.datasets.stats import MANIFEST, File, hash_of
 from farm.errors import BlobDamaged
 
 TYPES = {

@@ -9,16 +9,27 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from farm.blobs import BlobStore, check_key
+from farm.blobs import README, BlobStore, check_key
 from farm.datasets.gates import Measures
 from farm.errors import BlobNotFound
 
 LAYOUT = 1  # of shards and stats; a shard of another one is written anew
 MAX_JSON = 2**30  # bytes
+MANIFEST, CROISSANT, RECIPE = "manifest.json", "croissant.json", "recipe.toml"
+LOOSE = (MANIFEST, README, CROISSANT, RECIPE)
+OWN = ("webdataset/", "parquet/", "imagefolder/", "stats/")
+"""Below these, what no manifest names is left over from an earlier run."""
+
+
+def _own(key: str) -> str:
+    if key not in LOOSE and not key.startswith(OWN):
+        raise ValueError(f"no file of a dataset is named {key[:60]!r}")
+    return check_key(key)
+
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Key = Annotated[str, AfterValidator(check_key)]
+Key = Annotated[str, AfterValidator(_own)]
 
 
 class File(BaseModel):
