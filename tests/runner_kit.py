@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -72,6 +74,24 @@ class LoneRunner(AbstractContextManager["LoneRunner"]):
             assert time.time() < batch.created_at + timeout_s, status
             self.runner.work()
         raise AssertionError("watch ends with a finished batch")
+
+    @contextmanager
+    def working(self) -> Iterator[LoneRunner]:
+        """It works on and on in a thread."""
+        over = threading.Event()
+
+        def work() -> None:
+            while not over.wait(0.02):
+                self.runner.work()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            yield self
+        finally:
+            over.set()
+            self.runner.stop()
+            thread.join(30)
 
     def __exit__(
         self,
