@@ -71,7 +71,7 @@ def main() -> int:
     parser.add_argument("--claims", type=int, default=100, help="of each kind")
     parser.add_argument("--looks", type=int, default=500, help="at it")
     parser.add_argument("--instant", type=int, default=20_000, help="jobs of each throughput run")
-    parser.add_argument("--ready", type=int, default=600, help="pictures of each dataset's run")
+    parser.add_argument("--ready", type=int, default=1_000, help="pictures of each dataset's run")
     parser.add_argument("--lone", type=int, default=300, help="single jobs of the latency runs")
     parser.add_argument("--write", action="store_true", help="put the tables into RESULTS.md")
     args = parser.parse_args()

@@ -34,7 +34,7 @@ from tests.benchmarks.shards import BUDGET_MS, SIDE
 from tests.recipe_kit import Quiet, recipe
 
 COLUMNS = ("one process, every picture ready", "wall", "CPU", "wall of 33.3 ms", "its steps")
-KINDS, SHARD = 20, 100
+KINDS, SHARD = 20, 1_000
 UNGATED = {"blank": False, "exact_duplicates": False}
 WAYS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     **{f"{form}, no gates": ((form,), UNGATED) for form in FORMATS},
@@ -53,7 +53,7 @@ STEPS = {
 }
 
 
-def dataset_run(home: Path, pictures: int = 600, rounds: int = 3) -> list[tuple[str, ...]]:
+def dataset_run(home: Path, pictures: int = 1_000, rounds: int = 3) -> list[tuple[str, ...]]:
     """Rows of the table of COLUMNS: medians of interleaved rounds."""
     in_process(_prepare, home, pictures)
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
