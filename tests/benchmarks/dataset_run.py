@@ -9,6 +9,7 @@ their place, card and manifest. Steps run in several threads, so they may sum up
 from __future__ import annotations
 
 import functools
+import shutil
 import statistics
 import threading
 import time
@@ -34,7 +35,7 @@ from tests.benchmarks.shards import BUDGET_MS, SIDE
 from tests.recipe_kit import Quiet, recipe
 
 COLUMNS = ("one process, every picture ready", "wall", "CPU", "wall of 33.3 ms", "its steps")
-KINDS, SHARD = 20, 1_000
+KINDS, SHARD, OUT = 20, 1_000, "out"
 UNGATED = {"blank": False, "exact_duplicates": False}
 WAYS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     **{f"{form}, no gates": ((form,), UNGATED) for form in FORMATS},
@@ -57,9 +58,10 @@ def dataset_run(home: Path, pictures: int = 1_000, rounds: int = 3) -> list[tupl
     """Rows of the table of COLUMNS: medians of interleaved rounds."""
     in_process(_prepare, home, pictures)
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    for n in range(rounds):
-        for number, way in enumerate(WAYS):
-            found[way].append(in_process(_run, home, way, f"out{number}-{n}", pictures))
+    for _ in range(rounds):
+        for way in WAYS:
+            found[way].append(in_process(_run, home, way, pictures))
+            shutil.rmtree(home / OUT)  # gigabytes of it would fill the page cache
     return [_row(f"{way}, {pictures} pictures", some) for way, some in found.items()]
 
 
@@ -94,12 +96,12 @@ def _prepare(home: Path, pictures: int) -> None:
         render(farm, _recipe(home, pictures), picture)
 
 
-def _run(home: Path, way: str, out: str, pictures: int) -> dict[str, float]:
+def _run(home: Path, way: str, pictures: int) -> dict[str, float]:
     """Milliseconds a picture: wall, CPU of all threads, and of each step."""
     forms, gates = WAYS[way]
     for form in forms:
         open_writer(form, "import", home)
-    told = _recipe(home, pictures, formats=forms, gates=gates, out=out)
+    told = _recipe(home, pictures, formats=forms, gates=gates, out=OUT)
     took: Counter[str] = Counter()
     for step, (owner, name) in STEPS.items():
         setattr(owner, name, _timed(getattr(owner, name), step, took))
