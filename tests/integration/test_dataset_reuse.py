@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,21 +23,9 @@ ROWS = len(COLOURS) * len(THINGS)
 @pytest.fixture
 def lone(tmp_path: Path, database_url: str) -> Iterator[LoneRunner]:
     """A worker that works on and on."""
-    with LoneRunner(tmp_path / "home", database_url=database_url, max_failures=1) as lone:
-        over = threading.Event()
-
-        def work() -> None:
-            while not over.wait(0.02):
-                lone.runner.work()
-
-        thread = threading.Thread(target=work)
-        thread.start()
-        try:
-            yield lone
-        finally:
-            over.set()
-            lone.runner.stop()
-            thread.join(30)
+    told: Any = {"database_url": database_url, "max_failures": 1}
+    with LoneRunner(tmp_path / "home", **told) as lone, lone.working():
+        yield lone
 
 
 def lists(colours: tuple[str, ...] = COLOURS) -> dict[str, Any]:
