@@ -20,6 +20,7 @@ MAX_KEY = 512
 MAX_SEGMENT = 255
 MAX_EXPIRES_S = 7 * 24 * 3600
 PIECE = 2**20  # bytes of an object that are in memory at once when it is streamed
+FILES_AT_ONCE = 4  # that a store puts side by side
 README = "README.md"  # the card of a dataset, whose name is not ours to choose
 
 _SEGMENT = re.compile(r"[a-z0-9][a-z0-9._=-]*")
@@ -46,10 +47,11 @@ class BlobStore(Protocol):
     def put(self, key: str, data: bytes, content_type: str) -> None:
         """Store `data` whole or not at all; an older object under the key is replaced."""
 
-    def put_file(self, key: str, path: Path, content_type: str) -> None:
-        """As `put`, from a file of any size, which is read piece by piece and stays where it is.
+    def put_files(self, files: Iterable[tuple[str, Path, str]]) -> None:
+        """As `put`, from files of any size: key, path and content type of each.
 
-        One that lies in `aside` may be moved. Raises OSError where the file cannot be read.
+        They are read piece by piece and stay where they are; those in `aside` may be moved. What
+        fails may leave some stored. Raises OSError where a file cannot be read.
         """
 
     def aside(self) -> AbstractContextManager[Path]:

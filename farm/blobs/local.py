@@ -11,13 +11,23 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import BinaryIO
 
-from farm.blobs import PIECE, BlobStat, check_expiry, check_key, check_prefix, is_key, probe
+from farm.blobs import (
+    FILES_AT_ONCE,
+    PIECE,
+    BlobStat,
+    check_expiry,
+    check_key,
+    check_prefix,
+    is_key,
+    probe,
+)
 from farm.errors import BlobNotFound, StorageRefused, StorageUnavailable
 
 _TEMPORARY = ".tmp-"  # no key starts with a dot
@@ -44,11 +54,27 @@ class LocalBlobs:
     def put(self, key: str, data: bytes, content_type: str) -> None:
         self._put(key, (data,))
 
-    def put_file(self, key: str, path: Path, content_type: str) -> None:
+    def put_files(self, files: Iterable[tuple[str, Path, str]]) -> None:
+        files = list(files)
+        for key, _, _ in files:
+            check_key(key)
+        with ThreadPoolExecutor(FILES_AT_ONCE, "put") as pool:
+            directories = set(pool.map(lambda file: self._put_file(*file[:2]), files))
+        for directory in directories:
+            with self._faults(f"write into {directory.name}"):
+                self._syncs.sync(directory)
+
+    def _put_file(self, key: str, path: Path) -> Path:
+        """The directory that it is in now, which has yet to be synced."""
+        target = self._path(key)
         if any(above.name.startswith(_ASIDE) for above in path.parents):
-            return self._move(key, path)
-        with path.open("rb") as file:
-            self._put(key, _pieces(file, PIECE))
+            with self._faults(f"write {key}"):
+                _sync(path, os.O_RDONLY)
+                _in_directory(target.parent, lambda: os.replace(path, target))
+        else:
+            with path.open("rb") as file:
+                self._put(key, _pieces(file, PIECE))
+        return target.parent
 
     @contextmanager
     def aside(self) -> Iterator[Path]:
@@ -57,13 +83,6 @@ class LocalBlobs:
             _remove_left(self._real_root)
             with tempfile.TemporaryDirectory(prefix=_ASIDE, dir=self._real_root) as folder:
                 yield Path(folder)
-
-    def _move(self, key: str, path: Path) -> None:
-        target = self._path(key)
-        with self._faults(f"write {key}"):
-            _sync(path, os.O_RDONLY)
-            _in_directory(target.parent, lambda: os.replace(path, target))
-            self._syncs.sync(target.parent)
 
     def _put(self, key: str, pieces: Iterable[bytes]) -> None:
         path = self._path(key)

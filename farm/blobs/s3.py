@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from farm.blobs import (
+    FILES_AT_ONCE,
     PIECE,
     BlobStat,
     S3Options,
@@ -58,7 +60,14 @@ class S3Blobs:
                 Bucket=self.bucket, Key=name, Body=data, ContentType=content_type
             )
 
-    def put_file(self, key: str, path: Path, content_type: str) -> None:
+    def put_files(self, files: Iterable[tuple[str, Path, str]]) -> None:
+        files = list(files)
+        for key, _, _ in files:
+            check_key(key)
+        with ThreadPoolExecutor(FILES_AT_ONCE, "put") as pool:
+            list(pool.map(lambda file: self._put_file(*file), files))
+
+    def _put_file(self, key: str, path: Path, content_type: str) -> None:
         name = self._name(key)
         with self._faults(f"write {key}"):
             self._client.upload_file(

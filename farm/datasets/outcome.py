@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from farm.datasets.sample import Sample, Value
@@ -39,11 +42,16 @@ class Outcome:
         """The last one; its picture is the accepted one."""
         return self.jobs[-1]
 
-    @property
+    @cached_property
     def params(self) -> dict[str, Any]:
-        """The job's fields as JSON has them, without what is None or empty."""
+        """The last job's fields as JSON has them, without what is None or empty."""
         spec = self.job.spec
         return {name: spec[name] for name in FIELDS if spec[name] not in _EMPTY}
+
+    @cached_property
+    def mark(self) -> str:
+        """16 hex digits that tell what was asked for, whatever its place in the dataset."""
+        return hashlib.sha256(json.dumps(self.params, sort_keys=True).encode()).hexdigest()[:16]
 
     def sample(self, data: bytes) -> Sample:
         """An accepted row with its picture."""

@@ -64,4 +64,4 @@ def _copy(source: BlobStore, file: File, target: BlobStore) -> None:
                 "and `farm dataset run` writes them anew"
             )
         ending = file.key.rpartition(".")[2]
-        target.put_file(file.key, path, TYPES.get(ending, "application/octet-stream"))
+        target.put_files([(file.key, path, TYPES.get(ending, "application/octet-stream"))])

@@ -36,7 +36,7 @@ from farm.provenance import is_signed
 from farm.store.reads import Job
 
 SPLIT = "train"
-_THREADS, _AHEAD = 4, 16  # pictures fetched ahead of the writer
+_THREADS, _AHEAD_BYTES = 2, 32 << 20  # pictures fetched ahead of the writer
 
 
 def shard_name(shard: int) -> str:
@@ -84,10 +84,9 @@ class Shards:
     ) -> Stats:
         """Write the shard, remove what lay in its place before, and write its stats."""
         accepted = [one for one in outcomes if one.state == ACCEPTED]
-        with self._place.aside() as folder, ThreadPoolExecutor(_THREADS, "put") as pool:
+        with self._place.aside() as folder:
             written, signed = self._write(shard_name(shard), accepted, folder)
-            put = lambda one: self._place.put_file(one.key, one.path, one.content_type)  # noqa: E731
-            list(pool.map(put, written))
+            self._place.put_files([(one.key, one.path, one.content_type) for one in written])
         self._clear(shard, {one.key for one in written})
         files: Any = [{"key": w.key, "sha256": w.sha256, "size": w.size} for w in written]
         stats = self._told(shard, outcomes, measures, signed, files)
@@ -111,35 +110,43 @@ class Shards:
                 stack.enter_context(open_writer(form, name, folder, self._columns))
                 for form in self._formats
             ]
-            for one, data in self._pictures(accepted):
-                signed += is_signed(data)
+            for one, data, is_signed in self._pictures(accepted):
+                signed += is_signed
                 sample = one.sample(data)
                 for writer in writers:
                     writer.add(sample)
             return [one for writer in writers for one in writer.close()], signed
 
-    def _pictures(self, accepted: Iterable[Outcome]) -> Iterator[tuple[Outcome, bytes]]:
-        """Each with its picture, in order; some are fetched ahead."""
-        waiting: deque[tuple[Outcome, Future[bytes]]] = deque()
+    def _pictures(self, accepted: Iterable[Outcome]) -> Iterator[tuple[Outcome, bytes, bool]]:
+        """Each with its picture, and whether that is signed; some are fetched ahead."""
+        waiting: deque[tuple[Outcome, Future[tuple[bytes, bool]]]] = deque()
+        ahead = 0
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="fetch") as pool:
             try:
                 for one in accepted:
-                    waiting.append((one, pool.submit(self._read, one.job)))
-                    if len(waiting) >= _AHEAD:
-                        first, data = waiting.popleft()
-                        yield first, data.result()
-                for first, data in waiting:
-                    yield first, data.result()
+                    waiting.append((one, pool.submit(self._picture, one.job)))
+                    ahead += one.job.size_bytes or 0
+                    while ahead > _AHEAD_BYTES and len(waiting) > 1:
+                        first, found = waiting.popleft()
+                        ahead -= first.job.size_bytes or 0
+                        yield first, *found.result()
+                while waiting:
+                    first, found = waiting.popleft()
+                    yield first, *found.result()
             finally:
-                for _, data in waiting:
-                    data.cancel()
+                for _, found in waiting:
+                    found.cancel()
+
+    def _picture(self, job: Job) -> tuple[bytes, bool]:
+        data = self._read(job)
+        return data, is_signed(data)
 
     def _content(self, outcomes: Iterable[Outcome]) -> str:
         """SHA-256 of all that decides the bytes of the shard's files."""
         digest = hashlib.sha256(json.dumps([LAYOUT, *self._formats]).encode())
         for one in outcomes:
             if one.state == ACCEPTED:
-                told = [one.row, one.job.sha256, one.params, dict(one.columns)]
+                told = [one.row, one.job.sha256, one.mark, dict(one.columns)]
                 digest.update(json.dumps(told, sort_keys=True).encode())
         return digest.hexdigest()
 
@@ -168,7 +175,7 @@ class Shards:
             "tries": tried,
             "failed": failed,
             "pictures": [
-                (one.row, str(one.job.sha256), spec_mark(one.params))
+                (one.row, str(one.job.sha256), one.mark)
                 for one in outcomes
                 if one.state == ACCEPTED
             ],
@@ -199,8 +206,3 @@ def _made(accepted: Sequence[Outcome]) -> dict[str, dict[str, int]]:
 
 def _moment(at: float) -> str | None:
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds") if at else None
-
-
-def spec_mark(params: Any) -> str:
-    """16 hex digits that tell what was asked for, whatever its place in the dataset."""
-    return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()[:16]

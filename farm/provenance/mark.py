@@ -27,12 +27,18 @@ _IN_WORDS = {
 }
 
 
+_PNG = b"\x89PNG\r\n\x1a\n"
 _BOX = bytes.fromhex("6332706100110010800000aa00389b71")  # the JUMBF type of a manifest store
 
 
 def is_signed(data: bytes) -> bool:
     """Whether a picture holds a C2PA manifest, be it good or bad; a quick look at its bytes."""
-    return _BOX in data
+    if not data.startswith(_PNG):
+        return _BOX in data
+    at = len(_PNG)
+    while at < len(data) and data[at + 4 : at + 8] != b"caBX":
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return at < len(data)
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def test_a_file_in_parts_comes_back_piece_by_piece(blob_store: BlobStore, tmp_pa
     size = 20 * 2**20 + 3
     path = written(tmp_path / "shard", random.Random(1).randbytes(size))
     tracemalloc.start()
-    blob_store.put_file("a/shard.tar", path, "application/x-tar")
+    blob_store.put_files([("a/shard.tar", path, "application/x-tar")])
     digest, pieces = hashlib.sha256(), []
     for piece in blob_store.chunks("a/shard.tar"):
         digest.update(piece)
@@ -122,10 +122,10 @@ def test_a_file_in_parts_comes_back_piece_by_piece(blob_store: BlobStore, tmp_pa
 def test_a_file_replaces_and_stays_the_callers(blob_store: BlobStore, tmp_path: Path) -> None:
     path = written(tmp_path / "file", b"from a file")
     blob_store.put("a", b"a longer first value", "text/plain")
-    blob_store.put_file("a", path, "text/plain")
+    blob_store.put_files([("a", path, "text/plain")])
     path.write_bytes(b"written on by its owner")
     assert blob_store.get("a") == b"from a file"
-    blob_store.put_file("a", written(path, b""), "text/plain")
+    blob_store.put_files([("a", written(path, b""), "text/plain")])
     assert blob_store.stat("a") == BlobStat("a", 0)
     assert list(blob_store.chunks("a")) == []
     assert keys(blob_store) == ["a"]
@@ -135,7 +135,7 @@ def test_a_file_made_aside(blob_store: BlobStore) -> None:
     blob_store.put("a/b", b"old", "text/plain")
     with blob_store.aside() as folder:
         (folder / "deep").mkdir()
-        blob_store.put_file("a/b", written(folder / "deep/file", b"new"), "text/plain")
+        blob_store.put_files([("a/b", written(folder / "deep/file", b"new"), "text/plain")])
         written(folder / "left", b"never put")
         assert keys(blob_store) == ["a/b"]
     assert blob_store.get("a/b") == b"new"
@@ -146,9 +146,9 @@ def test_a_file_made_aside(blob_store: BlobStore) -> None:
 
 def test_a_file_that_is_not_there_stores_nothing(blob_store: BlobStore, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        blob_store.put_file("a", tmp_path / "nope", "text/plain")
+        blob_store.put_files([("a", tmp_path / "nope", "text/plain")])
     with pytest.raises(IsADirectoryError):
-        blob_store.put_file("a", tmp_path, "text/plain")
+        blob_store.put_files([("a", tmp_path, "text/plain")])
     assert keys(blob_store) == []
 
 
@@ -176,7 +176,7 @@ def test_hostile_keys_are_refused_everywhere(blob_store: BlobStore) -> None:
     for name, key in HOSTILE.items():
         for action in (
             lambda key: blob_store.put(key, b"x", "text/plain"),
-            lambda key: blob_store.put_file(key, Path(__file__), "text/plain"),
+            lambda key: blob_store.put_files([(key, Path(__file__), "text/plain")]),
             blob_store.get,
             blob_store.chunks,
             blob_store.stat,

@@ -149,7 +149,7 @@ def test_a_file_is_stored_whole_or_not_at_all(
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", fill_up)
         with pytest.raises(StorageUnavailable, match="full"):
-            store.put_file("a", tmp_path / "file", "text/plain")
+            store.put_files([("a", tmp_path / "file", "text/plain")])
     assert written > 2**20
     assert store.get("a") == b"old"
     assert files(root) == ["a"]
@@ -160,7 +160,7 @@ def test_a_file_made_aside_is_moved(store: BlobStore, root: Path) -> None:
         path = folder / "shard"
         path.write_bytes(b"0123456789")
         number = path.stat().st_ino
-        store.put_file("a/shard", path, "text/plain")
+        store.put_files([("a/shard", path, "text/plain")])
         assert not path.exists()
     assert (root / "a/shard").stat().st_ino == number
     assert files(root) == ["shard"]

@@ -181,7 +181,7 @@ def test_a_file_in_parts_is_stored_whole_or_not_at_all(
 
     monkeypatch.setattr(store._client, "upload_part", refuse)
     with pytest.raises(StorageUnavailable, match="the server's disk is full") as caught:
-        store.put_file("a", tmp_path / "file", "text/plain")
+        store.put_files([("a", tmp_path / "file", "text/plain")])
     assert s3_server.secret_key not in "".join(traceback.format_exception(caught.value))
     assert store.get("a") == b"old"
     left = store._client.list_multipart_uploads(Bucket=store.bucket)
@@ -238,7 +238,7 @@ def test_every_call_on_a_missing_bucket(s3_server: S3Server) -> None:
     store: BlobStore = open_blobs("s3://no-such-bucket", s3=s3_server.options())
     for action in (
         lambda: store.put("a", b"x", "text/plain"),
-        lambda: store.put_file("a", Path(__file__), "text/plain"),
+        lambda: store.put_files([("a", Path(__file__), "text/plain")]),
         lambda: store.get("a"),
         lambda: next(store.chunks("a")),
         lambda: store.stat("a"),

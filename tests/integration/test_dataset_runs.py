@@ -423,7 +423,8 @@ class Flaky:
             return found
 
         def call(*args: Any, **more: Any) -> Any:
-            mark = (name, str(args[:1]))
+            about = [key for key, *_ in args[0]] if name == "put_files" else args[:1]
+            mark = (name, str(about))
             if self._ever or mark not in self._failed:
                 self._failed.add(mark)
                 raise self._error

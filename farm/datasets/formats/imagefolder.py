@@ -6,7 +6,7 @@ https://huggingface.co/docs/datasets/image_dataset#imagefolder
 from __future__ import annotations
 
 from farm.datasets.formats.record import line
-from farm.datasets.formats.writer import HashedFile, Writer, Written
+from farm.datasets.formats.writer import HashedFile, Writer, Written, start_disk
 from farm.datasets.sample import Sample, Value
 from farm.pictures import CONTENT_TYPES, EXTENSIONS
 
@@ -25,7 +25,10 @@ class ImageFolderWriter(Writer):
         assert self._metadata
         name = f"{sample.row:08d}.{EXTENSIONS[sample.form]}"
         path = self.path / name
-        path.write_bytes(sample.data)
+        with path.open("wb") as file:
+            file.write(sample.data)
+            file.flush()
+            start_disk(file, 0)
         kind = CONTENT_TYPES[sample.form]
         size = len(sample.data)
         self._pictures.append(Written(f"{self.key}/{name}", path, size, sample.sha256, kind))

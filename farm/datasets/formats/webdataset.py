@@ -26,6 +26,10 @@ def _head(name: str, size: int) -> bytes:
     return b"".join((named, _MODE, sized, _TIME, checksum, _REST))
 
 
+def _member(name: str, data: bytes) -> tuple[bytes, bytes, bytes]:
+    return _head(name, len(data)), data, bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
 class WebDatasetWriter(Writer):
     place = "webdataset/{}.tar"
     _file: HashedFile | None = None
@@ -34,16 +38,14 @@ class WebDatasetWriter(Writer):
         self._file = HashedFile(self.path)
 
     def _add(self, sample: Sample, told: dict[str, Value]) -> None:
-        stem = f"{sample.row:08d}"
-        self._member(f"{stem}.{EXTENSIONS[sample.form]}", sample.data)
-        self._member(f"{stem}.json", line(told))
-        self._member(f"{stem}.txt", str(told["prompt"]).encode())
-
-    def _member(self, name: str, data: bytes) -> None:
         assert self._file
-        self._file.write(_head(name, len(data)))
+        stem, data = f"{sample.row:08d}", sample.data
+        self._file.write(_head(f"{stem}.{EXTENSIONS[sample.form]}", len(data)))
         self._file.write(data)
-        self._file.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+        rest = [bytes(-len(data) % tarfile.BLOCKSIZE)]
+        rest += _member(f"{stem}.json", line(told))
+        rest += _member(f"{stem}.txt", str(told["prompt"]).encode())
+        self._file.write(b"".join(rest))
 
     def _end(self) -> list[Written]:
         assert self._file

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import BinaryIO, ClassVar, Self
 
 from farm.datasets.formats.record import record
 from farm.datasets.sample import Sample, Value
 
 _BUFFER = 1 << 20  # bytes
+_STARTED = 16 << 20  # bytes of a file that are written before the disk is set to work on them
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,15 @@ class Written:
     content_type: str
 
 
+def start_disk(file: BinaryIO, first: int) -> None:
+    """Let the disk begin with what was written from a place on: a later fsync has less to wait for.
+
+    Linux does so when it is told that the pages are no longer needed; they stay until then.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), first, 0, os.POSIX_FADV_DONTNEED)
+
+
 class HashedFile:
     """A new file that is hashed as it is written; a file object for whoever only writes."""
 
@@ -36,13 +47,18 @@ class HashedFile:
         self.size, self.closed, self._abandoned = 0, False, False
         self._path, self._hash = path, hashlib.sha256()
         self._file = path.open("wb", buffering=_BUFFER)
+        self._started = 0
 
     def write(self, data: bytes) -> int:
         if self._abandoned:
             return len(data)
         self._hash.update(data)
         self.size += len(data)
-        return self._file.write(data)
+        written = self._file.write(data)
+        if self.size - self._started >= _STARTED:
+            start_disk(self._file, self._started)
+            self._started = self.size
+        return written
 
     def flush(self) -> None:
         self._file.flush()
