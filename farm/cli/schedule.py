@@ -75,7 +75,8 @@ def add(
     from farm.datasets.recipe import load_recipe
     from farm.schedules import policy
     from farm.schedules.times import local_zone
-    from farm.store.schedules import Terms, clock
+    from farm.store.schedules import Terms
+    from farm.store.tables import clock
 
     path = recipe.absolute()
     found = load_recipe(path)
@@ -142,12 +143,13 @@ def show(name: Name, as_json: Json = False) -> None:
     """Show a schedule, its next due times, and its last run."""
     from farm.schedules.times import coming
     from farm.store import schedules as store
+    from farm.store.tables import clock
 
     with open_farm() as farm, farm.db.read() as connection:
         one = store.find(connection, name)
         runs = store.open_runs(connection, one.id)
         last = store.history(connection, one.id, 1)
-        at = store.clock(connection)
+        at = clock(connection)
     due = [] if one.paused else coming(one.cron, one.tz, max(at, one.next_due - 1), _COMING)
     if as_json:
         told = {"now": _now(one, runs), "coming": due}
@@ -240,9 +242,10 @@ def _past(run: Run, name: str) -> tuple[Cell, ...]:
 def _change(name: str, change: Any, as_json: bool, told: str) -> None:
     """Do `change` to a schedule, and say what it is then."""
     from farm.store import schedules as store
+    from farm.store.tables import clock
 
     with open_farm() as farm, farm.db.write() as connection:
-        change(connection, store.find(connection, name), store.clock(connection))
+        change(connection, store.find(connection, name), clock(connection))
         one = store.find(connection, name)
     if as_json:
         _print(one)

@@ -12,6 +12,23 @@ from farm.datasets.stats import LAYOUT, LOOSE, MANIFEST, OWN, json_bytes, read_j
 from farm.errors import InvalidConfig
 from farm.service import s3_options
 
+_TYPES = {
+    "json": "application/json",
+    "md": "text/markdown",
+    "toml": "application/toml",
+    "tar": "application/x-tar",
+    "parquet": "application/vnd.apache.parquet",
+    "jsonl": "application/jsonl",
+    "png": "image/png",
+    "jpg": "image/jpeg",
+    "webp": "image/webp",
+}
+
+
+def content_type(key: str) -> str:
+    """Of a dataset's file, by its ending."""
+    return _TYPES.get(key.rpartition(".")[2], "application/octet-stream")
+
 
 def open_place(where: str, settings: Settings) -> BlobStore:
     """The store at a directory or URL. Raises InvalidConfig, also where a file is in the way."""
@@ -36,7 +53,7 @@ def take(place: BlobStore, name: str) -> None:
                 f"{key} lies in the place of the dataset, and no {MANIFEST} that says whose it is; "
                 f"give {name!r} an empty place, or remove what is there"
             )
-        place.put(MANIFEST, json_bytes({"layout": LAYOUT, "name": name}), "application/json")
+        place.put(MANIFEST, json_bytes({"layout": LAYOUT, "name": name}), content_type(MANIFEST))
     elif found.get("name") != name:
         raise InvalidConfig(
             f"a dataset named {str(found.get('name'))[:60]!r} lies there; give {name!r} a place of "

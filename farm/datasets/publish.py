@@ -7,21 +7,9 @@ from collections.abc import Callable
 
 from farm.blobs import BlobStore
 from farm.datasets.manifest import files_of, manifest_of
-from farm.datasets.place import remove, take
+from farm.datasets.place import content_type, remove, take
 from farm.datasets.stats import MANIFEST, File, hash_of
 from farm.errors import BlobDamaged
-
-TYPES = {
-    "json": "application/json",
-    "md": "text/markdown",
-    "toml": "application/toml",
-    "tar": "application/x-tar",
-    "parquet": "application/vnd.apache.parquet",
-    "jsonl": "application/jsonl",
-    "png": "image/png",
-    "jpg": "image/jpeg",
-    "webp": "image/webp",
-}
 
 
 def publish(
@@ -47,7 +35,7 @@ def publish(
             _copy(source, file, target)
         done(file, copied)
     remove(target, lambda key: key not in known)
-    target.put(MANIFEST, source.get(MANIFEST), TYPES["json"])
+    target.put(MANIFEST, source.get(MANIFEST), content_type(MANIFEST))
 
 
 def _copy(source: BlobStore, file: File, target: BlobStore) -> None:
@@ -63,5 +51,4 @@ def _copy(source: BlobStore, file: File, target: BlobStore) -> None:
                 f"{file.key} is not what was written; `farm dataset verify` tells all such files, "
                 "and `farm dataset run` writes them anew"
             )
-        ending = file.key.rpartition(".")[2]
-        target.put_files([(file.key, path, TYPES.get(ending, "application/octet-stream"))])
+        target.put_files([(file.key, path, content_type(file.key))])

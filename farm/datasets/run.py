@@ -31,7 +31,7 @@ from farm.service import Farm
 from farm.states import JobState
 from farm.store.batches import BatchStatus
 from farm.store.reads import Job
-from farm.store.schedules import clock
+from farm.store.tables import clock
 
 
 @dataclass

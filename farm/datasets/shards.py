@@ -22,6 +22,7 @@ from farm.blobs import BlobStore
 from farm.datasets.formats import FORMATS, Written, open_writer
 from farm.datasets.gates import Gates, Measures
 from farm.datasets.outcome import ACCEPTED, CANCELLED, FAILED, STATES, Outcome
+from farm.datasets.place import content_type
 from farm.datasets.recipe import Recipe
 from farm.datasets.stats import (
     LAYOUT,
@@ -36,7 +37,7 @@ from farm.provenance import is_signed
 from farm.store.reads import Job
 
 SPLIT = "train"
-_THREADS, _AHEAD_BYTES = 2, 32 << 20  # pictures fetched ahead of the writer
+_THREADS, _AHEAD, _AHEAD_BYTES = 2, 100, 32 << 20  # pictures fetched ahead of the writer
 
 
 def shard_name(shard: int) -> str:
@@ -86,7 +87,7 @@ class Shards:
         accepted = [one for one in outcomes if one.state == ACCEPTED]
         with self._place.aside() as folder:
             written, signed = self._write(shard_name(shard), accepted, folder)
-            self._place.put_files([(one.key, one.path, one.content_type) for one in written])
+            self._place.put_files([(one.key, one.path, content_type(one.key)) for one in written])
         self._clear(shard, {one.key for one in written})
         files: Any = [{"key": w.key, "sha256": w.sha256, "size": w.size} for w in written]
         stats = self._told(shard, outcomes, measures, signed, files)
@@ -126,7 +127,7 @@ class Shards:
                 for one in accepted:
                     waiting.append((one, pool.submit(self._picture, one.job)))
                     ahead += one.job.size_bytes or 0
-                    while ahead > _AHEAD_BYTES and len(waiting) > 1:
+                    while len(waiting) > 1 and (len(waiting) > _AHEAD or ahead > _AHEAD_BYTES):
                         first, found = waiting.popleft()
                         ahead -= first.job.size_bytes or 0
                         yield first, *found.result()

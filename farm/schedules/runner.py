@@ -30,6 +30,7 @@ from farm.store import batches
 from farm.store import schedules as store
 from farm.store.db import Database
 from farm.store.schedules import Run, Schedule
+from farm.store.tables import clock
 
 log = logging.getLogger(__name__)
 STOP_S = 4.0  # that a child has to end when its dispatcher stops
@@ -165,7 +166,7 @@ class Runner:
 
     def _begin(self) -> None:
         with self._db.read() as connection:
-            at = store.clock(connection)
+            at = clock(connection)
             due = store.due(connection, at)
         for schedule in due:
             self._attempt(f"schedule {schedule.name}", partial(self._record, schedule, at))
@@ -211,7 +212,7 @@ class Runner:
         alive = held.child.alive  # before it is listened to: what it said last is heard too
         held.listen()
         with self._db.write() as connection:
-            at = store.clock(connection)
+            at = clock(connection)
             if alive:
                 self._keep(connection, held, at)
                 return

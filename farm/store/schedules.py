@@ -16,7 +16,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from farm.errors import Invalid, NotFound
-from farm.store.tables import now, schedule_runs, schedules
+from farm.store.tables import schedule_runs, schedules
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,6 @@ class Run:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def clock(connection: Connection) -> float:
-    """The database's time in seconds since 1970."""
-    return float(connection.scalars(select(now())).one())
 
 
 # ---- schedules

@@ -16,6 +16,7 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     ColumnElement,
+    Connection,
     Double,
     Float,
     ForeignKey,
@@ -32,6 +33,7 @@ from sqlalchemy import (
     literal_column,
     not_,
     or_,
+    select,
     text,
     true,
     tuple_,
@@ -58,6 +60,11 @@ def _now_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
 @compiles(now, "postgresql")
 def _now_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
     return "extract(epoch from clock_timestamp())::double precision"
+
+
+def clock(connection: Connection) -> float:
+    """What `now` is, asked for by itself."""
+    return float(connection.scalars(select(now())).one())
 
 
 metadata = MetaData(

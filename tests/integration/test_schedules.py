@@ -19,6 +19,7 @@ from farm.schedules.runner import Runner
 from farm.store import schedules as store
 from farm.store.db import Database
 from farm.store.schedules import Run, Terms
+from farm.store.tables import clock
 from farm.store.tables import schedules as schedules_table
 from tests.farm_kit import FarmKit, until
 from tests.store_kit import Kit
@@ -66,7 +67,7 @@ print(json.dumps({"batch": "0f9k2m4x7q3w5t8b", "whole": True, "counts": {"accept
 def add(db: Database, recipe: Path | str = "/nightly.toml", cron: str = "0 2 * * *") -> str:
     """A schedule whose last due time is not recorded yet."""
     with db.write() as connection:
-        at = store.clock(connection)
+        at = clock(connection)
         one = policy.add(connection, Terms("nightly", str(recipe), cron, "UTC"), at)
         due = policy.next_due("* * * * *", "UTC", at - 60)
         mine = update(schedules_table).values(next_due=due)
@@ -90,8 +91,8 @@ def test_the_dispatcher_makes_a_dataset(kit: FarmKit, tmp_path: Path) -> None:
     recipe.write_text(RECIPE, encoding="utf-8")
     schedule_id = add(kit.farm.db, recipe)
     with kit.farm.db.write() as connection:
-        policy.resume(connection, store.find(connection, "nightly"), store.clock(connection))
-        policy.ask(connection, store.find(connection, "nightly"), store.clock(connection))
+        policy.resume(connection, store.find(connection, "nightly"), clock(connection))
+        policy.ask(connection, store.find(connection, "nightly"), clock(connection))
     kit.worker()
     kit.dispatcher()
     until(lambda: runs(kit.farm.db, schedule_id)[0].finished_at, 60)
@@ -165,7 +166,7 @@ def ended(db: Database, home: Path, command: Sequence[str]) -> Run:
         return runs(db, schedule_id)[0].finished_at
 
     with db.write() as connection:
-        policy.ask(connection, store.find(connection, "nightly"), store.clock(connection))
+        policy.ask(connection, store.find(connection, "nightly"), clock(connection))
     until(over, 20)
     return runs(db, schedule_id)[0]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from farm.datasets.formats.record import line
 from farm.datasets.formats.writer import HashedFile, Writer, Written, start_disk
 from farm.datasets.sample import Sample, Value
-from farm.pictures import CONTENT_TYPES, EXTENSIONS
+from farm.pictures import EXTENSIONS
 
 METADATA = "metadata.jsonl"
 
@@ -29,15 +29,12 @@ class ImageFolderWriter(Writer):
             file.write(sample.data)
             file.flush()
             start_disk(file, 0)
-        kind = CONTENT_TYPES[sample.form]
-        size = len(sample.data)
-        self._pictures.append(Written(f"{self.key}/{name}", path, size, sample.sha256, kind))
+        self._pictures.append(Written(f"{self.key}/{name}", path, len(sample.data), sample.sha256))
         self._metadata.write(line({"file_name": name, **told}))
 
     def _end(self) -> list[Written]:
         assert self._metadata
-        rows = self._metadata.written(f"{self.key}/{METADATA}", "application/jsonl")
-        return [*self._pictures, rows]
+        return [*self._pictures, self._metadata.written(f"{self.key}/{METADATA}")]
 
     def _abandon(self) -> None:
         if self._metadata:

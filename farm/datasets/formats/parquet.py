@@ -89,7 +89,7 @@ class ParquetWriter(Writer):
         if self._rows:
             self._flush()
         self._table.close()
-        return [self._file.written(self.key, "application/vnd.apache.parquet")]
+        return [self._file.written(self.key)]
 
     def _abandon(self) -> None:
         if self._file:

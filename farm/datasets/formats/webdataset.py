@@ -51,7 +51,7 @@ class WebDatasetWriter(Writer):
         assert self._file
         size = self._file.size + 2 * tarfile.BLOCKSIZE  # two empty blocks end a tar
         self._file.write(bytes(2 * tarfile.BLOCKSIZE + -size % _RECORD))
-        return [self._file.written(self.key, "application/x-tar")]
+        return [self._file.written(self.key)]
 
     def _abandon(self) -> None:
         if self._file:

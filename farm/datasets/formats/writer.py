@@ -27,7 +27,6 @@ class Written:
     path: Path
     size: int
     sha256: str
-    content_type: str
 
 
 def start_disk(file: BinaryIO, first: int) -> None:
@@ -72,10 +71,10 @@ class HashedFile:
         self._abandoned = True
         self.close()
 
-    def written(self, key: str, content_type: str) -> Written:
+    def written(self, key: str) -> Written:
         """Closes it."""
         self.close()
-        return Written(key, self._path, self.size, self._hash.hexdigest(), content_type)
+        return Written(key, self._path, self.size, self._hash.hexdigest())
 
 
 class Writer(ABC):
