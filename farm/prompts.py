@@ -241,3 +241,11 @@ def prompt_rows(prompts: Iterable[str | Mapping[str, Any]]) -> Iterator[Row]:
                 number,
                 RowError(number, "prompt", type(item).__name__, expected, InvalidPrompt.code),
             )
+
+
+def row_of(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A job's fields as a row that asks for the same."""
+    row = {name: value for name, value in spec.items() if value not in (None, ())}
+    for name in {"init_image", "mask_image"} & set(row):
+        row[name] = f"blob:{row[name]}"
+    return row | ({"loras": dict(row["loras"])} if "loras" in row else {})

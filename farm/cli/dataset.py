@@ -139,7 +139,8 @@ def redrive(
 ) -> None:
     """Queue again the rows that failed or were cancelled, and write their shards anew.
 
-    They land in the same shards at the same places; other shards are not touched.
+    They land in the same shards at the same places; other shards are not touched. Pictures that
+    a shard needs, and that the blob store has lost, are rendered again too.
     """
     _carry_out(file, label, priority, False, as_json, redrive=True)
 

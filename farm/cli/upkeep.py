@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -78,24 +78,18 @@ def _prompt_file(farm: Farm, path: Path | None) -> Iterator[Callable[[JobRef], N
     if path is None:
         yield lambda ref: None
         return
+    from farm.prompts import row_of
+
     try:
         stream = path.open("x", encoding="utf-8")
     except FileExistsError:
         raise Invalid(f"{path} is there already: name a new file") from None
     with stream:
         yield lambda ref: print(
-            json.dumps(_row(farm.job(ref).spec), ensure_ascii=False), file=stream
+            json.dumps(row_of(farm.job(ref).spec), ensure_ascii=False), file=stream
         )
     if not path.stat().st_size:
         path.unlink()
-
-
-def _row(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """A job as a row of a prompt file."""
-    row = {name: value for name, value in spec.items() if value not in (None, ())}
-    for name in {"init_image", "mask_image"} & set(row):
-        row[name] = f"blob:{row[name]}"
-    return row | ({"loras": dict(row["loras"])} if "loras" in row else {})
 
 
 def _tell(told: Audited) -> None:

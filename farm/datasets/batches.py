@@ -6,6 +6,9 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import count
 from typing import Any, Protocol, TypeVar
 
 from farm.catalog import Catalog
@@ -22,6 +25,7 @@ from farm.errors import (
     SubmitInProgress,
 )
 from farm.prompt_files import Row
+from farm.prompts import row_of
 from farm.service import Farm
 from farm.store import reads
 from farm.store.batches import BatchStatus, Once
@@ -78,6 +82,11 @@ def batch_key(catalog: Catalog, recipe: Recipe, label: str) -> Once:
     return Once(f"dataset-{recipe.name}-{digest[:32]}", digest)
 
 
+def asked(job: Job) -> str:
+    """What it was to render; jobs that say the same may stand for each other."""
+    return json.dumps(job.spec, sort_keys=True)
+
+
 def rows_of(stream: Iterable[Planned | RowError]) -> Iterator[Row]:
     """What a submit takes; each row is one job."""
     for one in stream:
@@ -90,7 +99,8 @@ def rows_of(stream: Iterable[Planned | RowError]) -> Iterator[Row]:
 class Batches:
     """Submits and looks at the batches of one recipe and label; outages are waited out.
 
-    `redrive`: what failed or was cancelled is queued again when its batch is found.
+    `redrive`: what failed or was cancelled is queued again when its batch is found. Jobs whose
+    pictures were lost are told as those that rendered them anew.
     """
 
     def __init__(
@@ -100,6 +110,8 @@ class Batches:
         self._priority, self._redrive, self._tell = priority, redrive, tell
         self._seeds = Seeds(recipe, label)
         self._key = batch_key(farm.catalog, recipe, label)
+        self._name = f"{recipe.name} {label}".strip()
+        self._instead: dict[str, Job] = {}
 
     def check(self) -> None:
         """Raises InvalidConfig when the prompts were changed since the run began."""
@@ -108,10 +120,11 @@ class Batches:
 
     def main(self) -> BatchStatus:
         """The batch of all rows. Raises InvalidPromptFile with the bad ones."""
-        name = f"{self._recipe.name} {self._label}".strip()
         rows = lambda: rows_of(planned(self._recipe, self._label))  # noqa: E731
-        found = self._made(rows, self._key, name, self._priority, progress=self._tell.queued)
+        found = self._made(rows, self._key, self._name, self._priority, progress=self._tell.queued)
         self._tell.batch(found)
+        for key in self._rendered_anew():
+            self._take(key)
         return found
 
     def attempt(self, rows: Sequence[tuple[int, Planned]], attempt: int) -> list[Job]:
@@ -121,11 +134,41 @@ class Batches:
         digest = hashlib.sha256(told.encode()).hexdigest()
         key = Once(f"dataset-{self._recipe.name}-again-{digest[:32]}", digest)
         again = [(row.line, row.fields | {"n": 1, "seed": seed}) for _, row, seed in seeded]
-        name = f"{self._recipe.name} {self._label}".strip() + f", attempt {attempt + 1}"
-        first = min(self._priority + 1, MAX_PRIORITY)
-        found = self._made(lambda: iter(again), key, name, first)
+        found = self._first(again, key, f"attempt {attempt + 1}")
         self.wait(found.id, 0, len(again))
         return self.jobs(found.id, 0, [seed for _, _, seed in seeded])
+
+    def render_anew(self, lost: Sequence[Job]) -> None:
+        """The pictures of these jobs, which are gone or damaged: one more batch of the run."""
+        rows = [(n, row_of(job.spec) | {"n": 1}) for n, job in enumerate(lost, 1)]
+        key = self._lost_key(sum(1 for _ in self._rendered_anew()))
+        self._take(self._first(rows, key, "lost pictures", reuse=False))
+
+    def _rendered_anew(self) -> Iterator[BatchStatus]:
+        for number in count():
+            look = partial(self._farm.made_by, self._recipe.owner, self._lost_key(number))
+            found = None
+            with suppress(SubmitInProgress):  # broken off: it is submitted again when it is wanted
+                found = patiently(look, self._tell)
+            if found is None:
+                return
+            yield found
+
+    def _lost_key(self, number: int) -> Once:
+        digest = hashlib.sha256(f"{self._key.sha256} {number}".encode()).hexdigest()
+        return Once(f"dataset-{self._recipe.name}-lost-{digest[:32]}", digest)
+
+    def _take(self, found: BatchStatus) -> None:
+        if self._redrive:
+            patiently(lambda: self._again(found), self._tell)
+        self.wait(found.id, 0, found.total)
+        some = patiently(lambda: self._page(found.id, 0, found.total), self._tell)
+        self._instead |= {asked(job): job for job in some}
+
+    def _first(self, rows: Sequence[Row], key: Once, what: str, **more: Any) -> BatchStatus:
+        """A batch of these rows that goes before what is left of the run."""
+        priority = min(self._priority + 1, MAX_PRIORITY)
+        return self._made(lambda: iter(rows), key, f"{self._name}, {what}", priority, **more)
 
     def wait(self, batch_id: str, first: int, end: int) -> None:
         """Until every job of these places is in a final state."""
@@ -146,6 +189,8 @@ class Batches:
         if [job.spec["seed"] for job in found] != list(seeds):
             patiently(lambda: self._farm.status(batch_id), self._tell)
             raise InvalidConfig(CHANGED)
+        if self._instead:
+            found = [self._instead.get(asked(job), job) for job in found]
         return found
 
     def _page(self, batch_id: str, first: int, n: int) -> list[Job]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -18,7 +20,7 @@ from typing import Any
 
 from farm.blobs import BlobStore
 from farm.datasets import finish
-from farm.datasets.batches import CHANGED, Batches, Tell, patiently
+from farm.datasets.batches import CHANGED, Batches, Tell, asked, patiently
 from farm.datasets.outcome import ACCEPTED, CANCELLED, FAILED, STATES, Outcome
 from farm.datasets.place import open_place, take
 from farm.datasets.recipe import Recipe
@@ -32,6 +34,8 @@ from farm.states import JobState
 from farm.store.batches import BatchStatus
 from farm.store.reads import Job
 from farm.store.tables import clock
+
+_THREADS = 4  # that look for lost pictures
 
 
 @dataclass
@@ -71,7 +75,8 @@ class Summary:
             self.counts[state] += counts[state]
         tried = [job for one in outcomes for job in one.jobs]
         pictures = [job for job in tried if job.state == JobState.SUCCEEDED]
-        new = sum(job.render_s is not None and (job.finished_at or 0) >= since for job in pictures)
+        fresh = (job for job in pictures if job.render_s is not None)
+        new = len({job.id for job in fresh if (job.finished_at or 0) >= since})
         self.rendered, self.reused = self.rendered + new, self.reused + len(pictures) - new
         self.bytes += sum(one.job.size_bytes or 0 for one in outcomes if one.state == ACCEPTED)
 
@@ -87,15 +92,16 @@ def run(
 ) -> Summary:
     """Render and write the dataset, or what is missing of it.
 
-    `redrive`: jobs that failed or were cancelled are queued again first. Outages of the database
-    and the blob store are waited out. Raises InvalidPromptFile with the bad rows, InvalidConfig
-    when another dataset lies in its place, and StorageRefused.
+    `redrive`: jobs that failed or were cancelled are queued again first, and lost pictures that are
+    needed are rendered anew. Outages of the database and the blob store are waited out. Raises
+    InvalidPromptFile with the bad rows, InvalidConfig when another dataset lies in its place,
+    StorageRefused, and BlobNotFound or BlobDamaged for a lost picture.
     """
     place = open_place(recipe.place(label), farm.settings)
     priority = recipe.priority if priority is None else priority
     batches = Batches(farm, recipe, label, priority, redrive, tell)
     try:
-        return _Run(farm, recipe, label, place, batches, tell).run()
+        return _Run(farm, recipe, label, place, batches, redrive, tell).run()
     finally:
         place.close()
 
@@ -103,6 +109,10 @@ def run(
 def day(at: float) -> str:
     """The date of a time in seconds since 1970, in UTC."""
     return datetime.fromtimestamp(at, UTC).date().isoformat()
+
+
+class _RenderedAnew(Exception):
+    """Lost pictures are there again, as other jobs'."""
 
 
 class _Run:
@@ -113,16 +123,30 @@ class _Run:
         label: str,
         place: BlobStore,
         batches: Batches,
+        redrive: bool,
         tell: Tell,
     ) -> None:
         self._farm, self._recipe, self._label, self._place = farm, recipe, label, place
-        self._batches, self._tell = batches, tell
-        self._settler = Settler(recipe, batches, self._fetch, tell)
+        self._batches, self._redrive, self._tell = batches, redrive, tell
         self._shards = Shards(place, self._fetch, recipe)
+        self._lost: dict[str, Job] = {}
+        self._anew: set[str] = set()
+        self._wrote: set[int] = set()
 
     def run(self) -> Summary:
         began, self._since = time.monotonic(), patiently(self._clock, self._tell)
         patiently(lambda: take(self._place, self._recipe.name), self._tell)
+        while True:
+            try:
+                told = self._run()
+                break
+            except _RenderedAnew:  # gates judge each picture by those before it: from the start
+                continue
+        told.seconds = round(time.monotonic() - began, 3)
+        return told
+
+    def _run(self) -> Summary:
+        self._settler = Settler(self._recipe, self._batches, self._fetch, self._tell)
         batch = self._batches.main()
         size = self._recipe.shard_size
         told = Summary(self._recipe.name, self._label, batch.id, self._recipe.place(self._label))
@@ -136,17 +160,33 @@ class _Run:
             raise InvalidConfig(CHANGED)
         self._batches.check()
         patiently(lambda: self._finish(batch, contents), self._tell)
-        told.seconds = round(time.monotonic() - began, 3)
         return told
 
     def _fetch(self, job: Job) -> bytes:
         try:
             return self._farm.fetch(job)
         except (BlobNotFound, BlobDamaged) as error:
+            self._lost[asked(job)] = job
             raise type(error)(
-                f"{error.message}; `farm audit` finds all such pictures. To render the rows of "
-                f"batch {job.batch_id} anew, remove it: farm prune {job.batch_id}"
+                f"{error.message}; `farm dataset redrive` renders such pictures anew, `farm audit` "
+                "finds all that there are"
             ) from error
+
+    def _render_anew(self, jobs: Sequence[Job]) -> bool:
+        """All lost pictures of a shard's jobs; False: nothing was lost but what was lost before."""
+
+        def look(job: Job) -> None:
+            with suppress(BlobNotFound, BlobDamaged):
+                patiently(lambda: self._fetch(job), self._tell)
+
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="look") as pool:
+            list(pool.map(look, (job for job in jobs if job.state == JobState.SUCCEEDED)))
+        found = {what: job for what, job in self._lost.items() if what not in self._anew}
+        if found:
+            self._anew |= found.keys()
+            self._tell.trouble(f"pictures are lost, {len(found):,} here; they are rendered anew")
+            self._batches.render_anew(list(found.values()))
+        return bool(found)
 
     def _clock(self) -> float:
         with self._farm.db.read() as connection:
@@ -163,12 +203,26 @@ class _Run:
             raise InvalidConfig(CHANGED)
         self._batches.wait(told.batch, first, first + len(good))
         jobs = self._batches.jobs(told.batch, first, [row.fields["seed"] for row in good])
+        try:
+            return self._written(told, shard, good, jobs)
+        except (BlobNotFound, BlobDamaged):
+            if self._redrive and self._render_anew(jobs):
+                raise _RenderedAnew from None
+            raise
+
+    def _written(
+        self, told: Summary, shard: int, rows: Sequence[Planned], jobs: Sequence[Job]
+    ) -> Stats:
         former = patiently(lambda: self._shards.stats(shard), self._tell)
-        outcomes, measures = self._settler.settle(first, good, jobs, former)
+        first = shard * self._recipe.shard_size
+        outcomes, measures = self._settler.settle(first, rows, jobs, former)
         complete = partial(self._shards.complete, former, outcomes, measures)
         kept = patiently(complete, self._tell)
         stats = kept or patiently(lambda: self._shards.write(shard, outcomes, measures), self._tell)
-        told.kept, told.written = told.kept + bool(kept), told.written + (not kept)
+        if not kept:
+            self._wrote.add(shard)
+        told.written += shard in self._wrote
+        told.kept += shard not in self._wrote
         told.count(outcomes, self._since)
         self._tell.shard(shard, told.shards, not kept)
         return stats

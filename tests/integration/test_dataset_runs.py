@@ -379,11 +379,47 @@ def test_a_lost_picture_says_what_to_do_and_that_helps(
         lone.farm.blobs.put(key, b"spoilt", "image/png")
     assert make(lone, tmp_path / "sets", **SMALL).kept == 3, "its shard is whole"
     shutil.rmtree(made.out)
-    with pytest.raises(kind, match=f"farm prune {made.batch}"):
+    with pytest.raises(kind, match="farm dataset redrive"):
         make(lone, tmp_path / "sets", **SMALL)
-    retention.prune(lone.farm.db, lone.farm.blobs, [made.batch])
-    anew = make(lone, tmp_path / "sets", **SMALL)
+    shutil.rmtree(made.out)
+    anew = make(lone, tmp_path / "sets", redrive=True, **SMALL)
+    assert (anew.rendered, anew.written, anew.kept) == (1, 3, 0)
     assert whole(lone, anew) == hashes
+    assert lone.farm.job(f"{made.batch}/7").object_key == key, "no arrow leads out of succeeded"
+    shutil.rmtree(made.out)
+    once_more = make(lone, tmp_path / "sets", **SMALL)
+    assert (once_more.rendered, once_more.reused) == (0, 12)
+    assert whole(lone, once_more) == hashes
+
+
+def test_lost_pictures_of_further_attempts_are_rendered_anew(
+    lone: LoneRunner, tmp_path: Path
+) -> None:
+    told = twins(tmp_path / "sets", gates={"attempts": 3})
+    made = make(lone, tmp_path / "sets", **told)
+    hashes, rendered = whole(lone, made), lone.rendered
+    for one in list(lone.farm.blobs.list("pictures/")):
+        lone.farm.blobs.delete([one.key])
+    shutil.rmtree(made.out)
+    anew = make(lone, tmp_path / "sets", redrive=True, **told)
+    assert anew.counts == made.counts
+    assert whole(lone, anew) == hashes
+    assert lone.rendered - rendered == 6, "each once, whatever jobs share it"
+
+
+def test_a_store_that_keeps_nothing_is_told(
+    lone: LoneRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(lone, tmp_path / "sets", **SMALL)
+    rendered = lone.rendered
+
+    def gone(self: Farm, job: Any) -> bytes:
+        raise BlobNotFound("there is no object")
+
+    monkeypatch.setattr(Farm, "fetch", gone)
+    with pytest.raises(BlobNotFound, match="there is no object"):
+        make(lone, tmp_path / "sets", redrive=True, **{**SMALL, "out": "other"})
+    assert lone.rendered - rendered == SMALL["shard_size"], "those of one shard, once"
 
 
 def test_two_runs_at_once_in_one_place(lone: LoneRunner, tmp_path: Path) -> None:
