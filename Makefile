@@ -47,8 +47,9 @@ sdcpp: $(VENV)/.farm ## Build the stable-diffusion.cpp engine, portable
 demo: $(VENV)/.farm ## Render prompts with a real model and show where the pictures are
 	@$(BIN)/python -m farm.demo.run
 
+# Two processes, a file of tests in one of them: each has its own servers, and most tests wait for some.
 test: $(VENV)/.dev ## Run every test; the tests start their own servers
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-unit: $(VENV)/.dev ## Run the tests that need no service (seconds)
 	$(BIN)/python -m pytest tests/unit $(ARGS)
