@@ -101,7 +101,7 @@ class Stage:
         settings = Settings(home=folder, session_ttl_s=TTL_S)
         stage = cls(url, folder, at, Database(url), settings)
         schema.upgrade(stage.db)
-        monkeypatch.setattr(store, "clock", lambda connection: stage.at)
+        monkeypatch.setattr(runner, "clock", lambda connection: stage.at)
         time = SimpleNamespace(monotonic=lambda: stage.at, sleep=lambda s: None)
         monkeypatch.setattr(runner, "time", time)
         monkeypatch.setattr(runner, "Child", lambda *args: Child(stage, *args))
