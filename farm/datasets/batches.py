@@ -112,6 +112,7 @@ class Batches:
         self._key = batch_key(farm.catalog, recipe, label)
         self._name = f"{recipe.name} {label}".strip()
         self._instead: dict[str, Job] = {}
+        self._redriven: set[str] = set()
 
     def check(self) -> None:
         """Raises InvalidConfig when the prompts were changed since the run began."""
@@ -123,8 +124,8 @@ class Batches:
         rows = lambda: rows_of(planned(self._recipe, self._label))  # noqa: E731
         found = self._made(rows, self._key, self._name, self._priority, progress=self._tell.queued)
         self._tell.batch(found)
-        for key in self._rendered_anew():
-            self._take(key)
+        for more in self._rendered_anew():
+            self._take(more)
         return found
 
     def attempt(self, rows: Sequence[tuple[int, Planned]], attempt: int) -> list[Job]:
@@ -159,8 +160,7 @@ class Batches:
         return Once(f"dataset-{self._recipe.name}-lost-{digest[:32]}", digest)
 
     def _take(self, found: BatchStatus) -> None:
-        if self._redrive:
-            patiently(lambda: self._again(found), self._tell)
+        self._drive_again(found)
         self.wait(found.id, 0, found.total)
         some = patiently(lambda: self._page(found.id, 0, found.total), self._tell)
         self._instead |= {asked(job): job for job in some}
@@ -222,9 +222,13 @@ class Batches:
                     f"{error.message}: the models or checks of this farm have changed since; give "
                     "the run another --label, or forget that batch with `farm prune`"
                 ) from None
-        if self._redrive:
-            patiently(lambda: self._again(found), self._tell)
+        self._drive_again(found)
         return found
+
+    def _drive_again(self, found: BatchStatus) -> None:
+        if self._redrive and found.id not in self._redriven:
+            patiently(lambda: self._again(found), self._tell)
+            self._redriven.add(found.id)
 
     def _again(self, found: BatchStatus) -> None:
         """Queue again what failed, but not what the model's safety checker refused."""
