@@ -32,6 +32,7 @@ from farm.errors import (
     StorageUnavailable,
 )
 from farm.service import Farm
+from farm.store.ids import JobRef
 from farm.store.tables import jobs as jobs_table
 from tests.recipe_kit import Quiet, recipe, shard_hashes
 from tests.runner_kit import LoneRunner, NoBroker
@@ -405,6 +406,26 @@ def test_lost_pictures_of_further_attempts_are_rendered_anew(
     assert anew.counts == made.counts
     assert whole(lone, anew) == hashes
     assert lone.rendered - rendered == 6, "each once, whatever jobs share it"
+
+
+def test_lost_pictures_beside_failed_rows_and_of_what_was_rendered_anew(
+    lone: LoneRunner, tmp_path: Path
+) -> None:
+    (tmp_path / "fragile").write_text("thing 11")
+    made = make(lone, tmp_path / "sets", **SMALL)
+    assert made.counts["failed"] == 1
+    mine = f"pictures/{made.batch}/"
+    for _ in range(3):
+        there = [one.key for one in lone.farm.blobs.list("pictures/")]
+        lost = [key for key in there if not key.startswith(mine) or f"{mine}0000001-" in key]
+        assert len(lost) == 1
+        lone.farm.blobs.delete(lost)
+        shutil.rmtree(made.out)
+        driven = make(lone, tmp_path / "sets", redrive=True, **SMALL)
+        assert (driven.counts["accepted"], driven.counts["failed"]) == (11, 1)
+        whole(lone, driven)
+    told = [event["kind"] for event in lone.farm.history(JobRef(made.batch, 10))]
+    assert told.count("redriven") == 3, "once each time"
 
 
 def test_a_store_that_keeps_nothing_is_told(
