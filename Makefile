@@ -48,8 +48,11 @@ demo: $(VENV)/.farm ## Render prompts with a real model and show where the pictu
 	@$(BIN)/python -m farm.demo.run
 
 # Two processes, a file of tests in one of them: each has its own servers, and most tests wait for some.
+# Whole farms come after them, alone: they are held to seconds.
+ALONE := tests/e2e tests/chaos
 test: $(VENV)/.dev ## Run every test; the tests start their own servers
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore=%) $(ARGS)
+	$(BIN)/python -m pytest $(ALONE) $(ARGS)
 
 test-unit: $(VENV)/.dev ## Run the tests that need no service (seconds)
 	$(BIN)/python -m pytest tests/unit $(ARGS)
