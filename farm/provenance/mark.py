@@ -11,7 +11,7 @@ from typing import Any, Literal
 from PIL import Image, UnidentifiedImageError
 
 from farm.errors import InvalidParameter
-from farm.picture_bounds import refuse_endless
+from farm.picture_bounds import PNG, png_chunks, refuse_endless
 from farm.provenance import sdk
 from farm.spec import INPUT_FORMATS
 
@@ -27,18 +27,12 @@ _IN_WORDS = {
 }
 
 
-_PNG = b"\x89PNG\r\n\x1a\n"
 _BOX = bytes.fromhex("6332706100110010800000aa00389b71")  # the JUMBF type of a manifest store
 
 
 def is_signed(data: bytes) -> bool:
     """Whether a picture holds a C2PA manifest, be it good or bad; a quick look at its bytes."""
-    if not data.startswith(_PNG):
-        return _BOX in data
-    at = len(_PNG)
-    while at < len(data) and data[at + 4 : at + 8] != b"caBX":
-        at += 12 + int.from_bytes(data[at : at + 4], "big")
-    return at < len(data)
+    return b"caBX" in png_chunks(data) if data.startswith(PNG) else _BOX in data
 
 
 @dataclass(frozen=True)
