@@ -6,6 +6,7 @@ On a laptop a test is skipped where a server's package is missing; with CI set t
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from farm.blobs import BlobStore, open_blobs
 from tests.servers import PostgresServer, RedisServer, S3Server, Server, ServerMissing
 
 S = TypeVar("S", bound=Server)
+# nohup and the like ignore Ctrl-C, and so would every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

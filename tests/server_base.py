@@ -18,6 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, ClassVar, Self
 
+import psutil
+
 PREFIX = "farm-t-"
 START_S = 60.0  # a start that takes longer has failed
 STOP_S = 15.0
@@ -80,6 +82,14 @@ def poll(ready: Callable[[], bool], what: str, timeout_s: float = START_S) -> No
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} took longer than {timeout_s:g} s")
         time.sleep(0.01)
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Also if whoever adopted it has not collected it yet."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 class Server(ABC):

@@ -32,6 +32,7 @@ from tests.server_base import (
     Server,
     ServerFailed,
     ServerMissing,
+    has_ended,
     poll,
     spawn,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "ServerFailed",
     "ServerMissing",
     "free_port",
+    "has_ended",
     "poll",
     "spawn",
 ]

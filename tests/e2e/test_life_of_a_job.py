@@ -14,12 +14,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from farm.store.ids import JobRef
 from tests.farm_kit import FarmKit, engine_child, until
-from tests.servers import PostgresServer, RedisServer, S3Server
+from tests.servers import PostgresServer, RedisServer, S3Server, has_ended
 
 
 @pytest.fixture
@@ -110,7 +109,7 @@ def test_kill_during_a_render(kit: FarmKit, victim: str) -> None:
     else:
         child = engine_child(worker)
         worker.kill()
-        until(lambda: not psutil.pid_exists(child.pid), 5)
+        until(lambda: has_ended(child), 5)
         worker.wait(5)
         kit.worker()
     status = kit.farm.wait(batch.id, 60)

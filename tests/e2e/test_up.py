@@ -21,7 +21,7 @@ from farm.config import Settings, load_settings
 from farm.embedded import EmbeddedFarm, lock_home
 from farm.errors import EnvironmentFault, ModelNotLoaded
 from farm.service import Farm
-from tests.servers import poll
+from tests.servers import has_ended, poll
 from tests.up_kit import START_S, Up
 
 MODELS = """
@@ -65,13 +65,7 @@ def started() -> Iterator[list[Up]]:
 
 
 def gone(processes: list[psutil.Process]) -> bool:
-    return not any(alive(process) for process in processes)
-
-
-def alive(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
+    return all(has_ended(process) for process in processes)
 
 
 def command(home: Path, *args: str) -> subprocess.CompletedProcess[str]:

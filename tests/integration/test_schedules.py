@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from sqlalchemy import update
 
@@ -22,6 +23,7 @@ from farm.store.schedules import Run, Terms
 from farm.store.tables import clock
 from farm.store.tables import schedules as schedules_table
 from tests.farm_kit import FarmKit, until
+from tests.servers import has_ended
 from tests.store_kit import Kit
 
 RECIPE = """
@@ -121,10 +123,11 @@ def test_a_killed_dispatchers_run_is_taken_over_and_ended_once(
         lambda: runs(kit.farm.db, schedule_id) and runs(kit.farm.db, schedule_id)[-1].batch_id, 30
     )
     (first,) = folder.iterdir()
-    label, child, parent = first.name.split(".")
+    label, pid, parent = first.name.split(".")
+    child = psutil.Process(int(pid))
     both.pop(int(parent)).kill()
     until(lambda: len(list(folder.iterdir())) == 2, 30)
-    assert not Path(f"/proc/{child}").exists() or sys.platform != "linux"
+    assert has_ended(child) or sys.platform != "linux"
     (second,) = set(folder.iterdir()) - {first}
     assert second.name.startswith(f"{label}.")
     (left,) = both.values()

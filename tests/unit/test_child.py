@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from farm.errors import (
     ModelNotLoaded,
 )
 from farm.spec import JobSpec
+from tests.servers import has_ended, poll
 from workers import deaths
 from workers.child import Child
 from workers.engine import EngineConfig
@@ -517,14 +519,6 @@ if __name__ == "__main__":
 """
 
 
-def gone(process: psutil.Process) -> bool:
-    """Ended, though perhaps not yet collected by whoever adopted it."""
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
 @pytest.mark.parametrize("how", ["!hang", "!grip"])
 def test_a_killed_parent_takes_the_child_along(tmp_path: Path, how: str) -> None:
     script = tmp_path / "parent.py"
@@ -538,10 +532,7 @@ def test_a_killed_parent_takes_the_child_along(tmp_path: Path, how: str) -> None
         assert parent.stdout
         child = psutil.Process(int(parent.stdout.readline()))
         parent.kill()
-        deadline = time.monotonic() + SOON_S
-        while not gone(child) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert gone(child)
+        poll(lambda: has_ended(child), "the child's end", SOON_S)
 
 
 def test_a_parent_that_ends_takes_the_child_along(tmp_path: Path) -> None:
@@ -555,7 +546,8 @@ def test_a_parent_that_ends_takes_the_child_along(tmp_path: Path) -> None:
         timeout=60,
         check=True,
     )
-    assert not psutil.pid_exists(int(done.stdout))
+    with suppress(psutil.NoSuchProcess):
+        assert has_ended(psutil.Process(int(done.stdout)))
 
 
 def test_the_parent_imports_no_torch() -> None:

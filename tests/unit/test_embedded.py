@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from farm import engines
@@ -17,7 +19,7 @@ from farm.embedded import MAX_DEATHS, EmbeddedFarm, lock_home
 from farm.engines import choose_lane
 from farm.errors import EnvironmentFault, InvalidConfig, ModelNotLoaded, UnknownModel
 from farm.units import parse_size
-from tests.servers import poll
+from tests.servers import has_ended, poll
 from workers.app import parse
 
 
@@ -148,13 +150,7 @@ def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
         "print(child.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    pid = int(done.stdout)
-    poll(lambda: not _runs(pid), "the child's end", 10)
+    with suppress(psutil.NoSuchProcess):
+        child = psutil.Process(int(done.stdout))
+        poll(lambda: has_ended(child), "the child's end", 10)
     assert spawn(["/bin/true"], tmp_path / "log").wait(10) == 0
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
