@@ -33,6 +33,7 @@ from farm.cli import (
     upkeep,
 )
 from farm.cli.context import examples, options, use
+from farm.cli.help import set_help
 from farm.cli.output import clean, print_json, print_row_errors
 from farm.errors import EnvironmentFault, FarmError, Invalid
 
@@ -84,6 +85,9 @@ def _globals(
     Settings come from options, FARM_* variables and farm.toml; `farm config show` lists them.
     """
     use(home, verbose, quiet)
+
+
+set_help(app)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

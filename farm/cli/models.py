@@ -47,7 +47,7 @@ def show_model(
 @models.command("verify", epilog=examples("farm models verify", "farm models verify sdxl-base"))
 def verify(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME...]", help="Default: all that are here.")
+        list[str] | None, typer.Argument(metavar="NAME", help="Default: all that are here.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -25,7 +25,7 @@ provenance = typer.Typer(rich_markup_mode="rich", no_args_is_help=True)
 Pictures = Annotated[
     list[str],
     typer.Argument(
-        metavar="PICTURE...", help="A PNG, JPEG or WebP file, a job (BATCH/INDEX), or a batch."
+        metavar="PICTURE", help="A PNG, JPEG or WebP file, a job (BATCH/INDEX), or a batch."
     ),
 ]
 Trust = Annotated[

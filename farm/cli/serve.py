@@ -54,7 +54,7 @@ def _token() -> None:
     ),
 )
 def create(
-    name: Annotated[str, typer.Argument(help="What it is for.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What it is for.")],
     scopes: Annotated[
         list[Scope] | None,
         typer.Option("--scope", help="May be given several times. Default: read."),

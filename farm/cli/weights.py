@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from farm.config import Settings
 
 Names = Annotated[
-    list[str], typer.Argument(metavar="NAME...", help="Models and LoRAs of the catalogue.")
+    list[str], typer.Argument(metavar="NAME", help="Models and LoRAs of the catalogue.")
 ]
 Engine = Annotated[
     str | None, typer.Option("--engine", "-e", help="Only the weights for this engine.")

@@ -123,6 +123,14 @@ def test_every_command_has_one_line_and_an_example(path: str, command: Any) -> N
         assert any(f"farm {own}" in line or f" {own}" in line for line in lines), path
 
 
+def test_a_paragraph_of_help_is_one_line_and_usage_has_no_braces() -> None:
+    for path, command in commands():
+        assert not re.search(r"[^\n]\n[^\n]", command.help), path
+        if not hasattr(command, "commands"):
+            usage = command.get_usage(command.make_context(path, [], resilient_parsing=True))
+            assert not re.search(r"[{}]|\.\.\.\.|\[\[", usage), usage
+
+
 @pytest.mark.parametrize("path", [path for path, _ in commands()])
 def test_help_of_every_command_can_be_shown(path: str, run: Run) -> None:
     ran = run(*path.split()[1:], "--help")
