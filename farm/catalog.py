@@ -34,6 +34,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from farm.demo import SHAPES_DIR
 from farm.errors import InvalidConfig, UnknownModel
+from farm.faults import sentence, unreadable
 from farm.samplers import canonical_scheduler
 from farm.spec import NAME_PATTERN
 from farm.weight_files import PICKLES
@@ -285,7 +286,7 @@ def load_catalog(path: Path | None = None, models_dir: Path | None = None) -> Ca
     try:
         told = parsed(path.read_text(encoding="utf-8"), path)
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidConfig(f"{path}: {error}") from error
+        raise InvalidConfig(f"{path}: {unreadable(error)}") from None
 
     def found(lane: Lane, weights: Weights) -> Weights:
         place = (path.parent / weights.path).resolve() if weights.path else None
@@ -310,10 +311,7 @@ def parsed(text: str, path: Path) -> _File:
     except tomllib.TOMLDecodeError as error:
         raise InvalidConfig(f"{path}: {error}") from error
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(str(p) for p in item['loc'])}: {item['msg']}"
-            for item in error.errors(include_url=False, include_context=False)
-        ]
+        lines = map(sentence, error.errors(include_url=False, include_context=False))
         raise InvalidConfig(f"{path}: " + "; ".join(lines)) from None
     models = {*told.models, "shapes"}
     for name, lora in told.loras.items():

@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,10 +22,12 @@ from pydantic_settings import (
     PydanticBaseSettingsSource,
     SecretsSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
 from farm.errors import InvalidConfig
+from farm.faults import unreadable, what, where
 from farm.units import parse_size
 
 SOCKET_PATH_LIMIT = 100  # bytes; sockaddr_un holds 108 on Linux, 104 on macOS
@@ -262,10 +265,16 @@ def load_settings(**flags: Any) -> Settings:
     try:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
-        lines = []
-        for item in error.errors(include_url=False, include_input=False, include_context=False):
-            name = ".".join(str(part) for part in item["loc"])
-            lines.append(f"{name} (FARM_{name.upper()}): {item['msg']}")
-        raise InvalidConfig("wrong settings: " + "; ".join(lines)) from None
-    except ValueError as error:  # a farm.toml that is no TOML
-        raise InvalidConfig(f"{config_file()}: {error}") from None
+        faults = error.errors(include_url=False, include_input=False, include_context=False)
+        raise InvalidConfig("; ".join(map(_fault, faults))) from None
+    except SettingsError:  # the one that is no plain text
+        raise InvalidConfig('FARM_HUB_HOSTS must be a JSON list, such as ["a.example"]') from None
+    except (OSError, ValueError) as error:  # a farm.toml that is no TOML
+        raise InvalidConfig(f"{config_file()}: {unreadable(error)}") from None
+
+
+def _fault(item: Mapping[str, Any]) -> str:
+    name = where(item)
+    if item["type"] == "extra_forbidden":  # of a variable that is no setting nothing is said
+        return f"{config_file()}: no such setting: {name}"
+    return f"{name} (FARM_{str(item['loc'][0]).upper()}): {what(item)}"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from farm.errors import InvalidParameter
+from farm.faults import unreadable
 from farm.spec import FIELDS
 
 Pick = Literal["matrix", "zip", "sample"]
@@ -165,7 +166,7 @@ def _file_values(name: str, path: Path) -> list[str]:
             raise InvalidParameter(f"list {name!r}: {path} is over {MAX_FILE_BYTES >> 20} MiB")
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidParameter(f"list {name!r}: {path}: {error}") from None
+        raise InvalidParameter(f"list {name!r}: {path}: {unreadable(error)}") from None
     return [line for line in lines if line and not line.startswith("#")]
 
 

@@ -181,7 +181,7 @@ class LocalBlobs:
         return any(map(os.path.islink, islice(ways, 1, None)))
 
     def _walk(self, directory: str, prefix: str) -> Iterator[BlobStat]:
-        with self._faults(f"list {directory or 'it'}"):
+        with self._faults(f"list {directory or 'objects'}"):
             names = _names(self.root / directory)
         for name in names:
             key = f"{directory}/{name}" if directory else name
@@ -198,14 +198,16 @@ class LocalBlobs:
         try:
             yield
         except OSError as exc:
-            place = f"the blob directory {self.root}"
+            place = f"the directory {self.root}"
             if exc.errno in _FULL:
                 text = f"cannot {action}: the disk of {place} is full; free some space there"
             elif exc.errno in _DENIED:
                 raise StorageRefused(
                     f"cannot {action}: {place} is read-only or belongs to another user; "
-                    f"make it writable, or set another blob URL"
+                    f"make it writable, or name another"
                 ) from exc
+            elif self.root.is_file():
+                text = f"cannot {action}: {self.root} is a file, not a directory"
             elif isinstance(exc, (FileExistsError, *_ABSENT)):
                 text = f"cannot {action}: a file and a directory in {place} want the same name"
             else:

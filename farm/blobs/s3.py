@@ -187,7 +187,7 @@ class S3Blobs:
         pages = self._client.get_paginator("list_objects_v2").paginate(
             Bucket=self.bucket, Prefix=self._prefix + prefix
         )
-        with self._faults("list it"):
+        with self._faults("list objects"):
             for page in pages:
                 for item in page.get("Contents", []):
                     key = item["Key"].removeprefix(self._prefix)

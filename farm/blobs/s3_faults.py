@@ -17,8 +17,8 @@ _CODES = {
     "ExpiredToken": "the credentials have expired: renew them",
     "AccessDenied": "the credentials give no right to do this: grant it, or correct the keys",
     "RequestTimeTooSkewed": "the clocks of this machine and the server differ: set them right",
-    "PermanentRedirect": "the bucket is in another region: set the region or the endpoint",
-    "AuthorizationHeaderMalformed": "the region is not the server's: set the region",
+    "PermanentRedirect": "the bucket is in another region: set FARM_S3_REGION or FARM_S3_ENDPOINT_URL",
+    "AuthorizationHeaderMalformed": "the region is not the server's: set FARM_S3_REGION",
     "XMinioStorageFull": "the server's disk is full: free some space there",
     "InsufficientStorage": "the server's disk is full: free some space there",
     "QuotaExceeded": "the quota is used up: delete objects or raise it",
@@ -37,11 +37,11 @@ _STATUSES = {
 _KINDS: tuple[tuple[tuple[type[BotoCoreError], ...], str], ...] = (
     (
         (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError),
-        "no credentials: set the access key and the secret key",
+        "no credentials: set FARM_S3_ACCESS_KEY and FARM_S3_SECRET_KEY",
     ),
     (
         (boto.SSLError,),
-        "the server's TLS certificate is not trusted: set the CA bundle, or correct the endpoint",
+        "the server's TLS certificate is not trusted: set AWS_CA_BUNDLE, or correct the endpoint",
     ),
     (
         (boto.ReadTimeoutError,),
@@ -55,7 +55,7 @@ _KINDS: tuple[tuple[tuple[type[BotoCoreError], ...], str], ...] = (
         (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError),
         "the connection broke: is the server running?",
     ),
-    ((boto.NoRegionError,), "no region: set the region"),
+    ((boto.NoRegionError,), "no region: set FARM_S3_REGION"),
 )
 _REFUSED = (
     boto.NoCredentialsError,

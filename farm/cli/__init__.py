@@ -154,6 +154,8 @@ def _verdict(error: Any) -> tuple[str, str, int]:
             return "ERR_USAGE", "", 2
         where = getattr(getattr(error, "ctx", None), "command_path", "farm")
         return "ERR_USAGE", f"{usage}; see `{where} --help`", 2
+    if isinstance(error, FileExistsError) and os.path.isfile(error.filename or ""):
+        return Invalid.code, f"{error.filename} is a file, not a directory", 2
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         return EnvironmentFault.code, f"{place}{error.strerror or error}", 1

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from farm.catalog import LORA, Lane, LoraEntry, ModelEntry, Weights
 from farm.config import Settings
 from farm.errors import Invalid
+from farm.faults import sentence
 from farm.models.entry import append_entry
 from farm.models.families import family_defaults, family_of
 from farm.models.fetch import lock_local
@@ -58,9 +59,7 @@ class NewEntry:
             return next(iter(ModelEntry.model_validate(self.table).engines.values()))
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
-            where = ".".join(str(part) for part in first["loc"] if part != "[key]")
-            why = first["msg"].removeprefix("Value error, ").replace("\n", " ")
-            raise Invalid(f"{where or 'entry'}: {why}") from None
+            raise Invalid(sentence(first).replace("\n", " ")) from None
 
     def with_defaults(self, pipeline: str = "") -> NewEntry:
         """With the family that the pipeline's class tells, and the family's size and steps.

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from farm.catalog import DEMO, load_catalog, parsed
 from farm.config import Settings
 from farm.errors import Invalid, InvalidConfig
+from farm.faults import unreadable
 from farm.models.lock import alone, write_whole
 
 Kind = Literal["models", "loras"]
@@ -100,4 +101,4 @@ def _read(path: Path) -> str:
     except FileNotFoundError:
         return ""
     except UnicodeDecodeError as error:
-        raise InvalidConfig(f"{path}: {error}") from None
+        raise InvalidConfig(f"{path}: {unreadable(error)}") from None

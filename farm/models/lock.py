@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from farm.catalog import Lane
 from farm.errors import InvalidConfig, UntrustedModel
+from farm.faults import sentence
 from farm.spec import NAME_PATTERN
 
 _MAX_NAME, _MAX_PART = 1000, 240  # bytes; most file systems hold 255 a part
@@ -99,8 +100,7 @@ def read_lock(path: Path) -> Lock:
         raise InvalidConfig(f"{path}: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InvalidConfig(f"{path}: {where}: {first['msg']}") from None
+        raise InvalidConfig(f"{path}: {sentence(first, 'lock')}") from None
 
 
 def put_files(path: Path, lane: Lane, locked: Locked) -> None:

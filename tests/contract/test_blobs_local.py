@@ -232,6 +232,12 @@ def test_a_file_where_a_directory_must_be(store: BlobStore) -> None:
             store.put(key, b"x", "text/plain")
 
 
+def test_a_file_where_the_root_must_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageUnavailable, match="file is a file, not a directory"):
+        LocalBlobs(tmp_path / "file").put("a", b"x", "text/plain")
+
+
 def test_files_that_are_no_objects_are_not_listed(store: BlobStore, root: Path) -> None:
     store.put("a", b"x", "text/plain")
     for name in (".tmp-1", "README", "lost+found", ".DS_Store", "README.md/a"):

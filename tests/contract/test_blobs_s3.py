@@ -222,9 +222,9 @@ def test_without_credentials(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     options = s3_server.options(access_key=None, secret_key=None)
     store = open_blobs(f"s3://{s3_bucket}", s3=options)
-    with pytest.raises(StorageUnavailable, match="set the access key"):
+    with pytest.raises(StorageUnavailable, match="set FARM_S3_ACCESS_KEY and FARM_S3_SECRET_KEY"):
         store.check()
-    with pytest.raises(StorageUnavailable, match="set the access key"):
+    with pytest.raises(StorageUnavailable, match="set FARM_S3_ACCESS_KEY and FARM_S3_SECRET_KEY"):
         store.url("a")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.access_key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.secret_key)

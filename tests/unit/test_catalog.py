@@ -221,7 +221,7 @@ def test_a_wrong_file_is_refused_with_its_place(tmp_path: Path, text: str, named
 
 
 def test_a_missing_file_is_said(tmp_path: Path) -> None:
-    with pytest.raises(InvalidConfig, match=r"gone\.toml"):
+    with pytest.raises(InvalidConfig, match=r"gone\.toml: No such file or directory$"):
         load_catalog(tmp_path / "gone.toml")
 
 

@@ -258,6 +258,13 @@ def test_a_home_that_cannot_be_made(run: Run, tmp_path: Path) -> None:
     assert len(ran.err.splitlines()) == 1
 
 
+def test_a_file_where_pictures_should_go(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ran = run("submit", "a red circle on a blue background", "--out", "file")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err == "error: file is a file, not a directory (ERR_INVALID)\n"
+
+
 def test_a_fault_of_ours_shows_no_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: Farm, limit: int) -> None:
         raise ZeroDivisionError("oh")

@@ -56,11 +56,24 @@ def test_a_socket_s_path_is_short_enough(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "named"),
-    [("bundle_max = 'many'", "bundle_max"), ("colour = 1", "colour"), ("= nonsense", "farm.toml")],
+    [
+        ("bundle_max = 'many'", r"^bundle_max \(FARM_BUNDLE_MAX\): must be a whole number$"),
+        ("colour = 1", r"^farm\.toml: no such setting: colour$"),
+        ("hub_hosts = 'a'", r"^hub_hosts \(FARM_HUB_HOSTS\): must be a list$"),
+        ("spool_max = 'much'", r"^spool_max \(FARM_SPOOL_MAX\): 'much' is no size"),
+        ("= nonsense", r"^farm\.toml: "),
+        ("a = '\udcff'", r"^farm\.toml: it is not UTF-8 text$"),
+    ],
 )
 def test_wrong_settings_are_named(text: str, named: str, tmp_path: Path) -> None:
-    (tmp_path / "farm.toml").write_text(text)
+    (tmp_path / "farm.toml").write_text(text, errors="surrogateescape")
     with pytest.raises(InvalidConfig, match=named):
+        load_settings()
+
+
+def test_a_list_in_the_environment_is_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FARM_HUB_HOSTS", "a.example,b.example")
+    with pytest.raises(InvalidConfig, match=r"^FARM_HUB_HOSTS must be a JSON list, such as \["):
         load_settings()
 
 

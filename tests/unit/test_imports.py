@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 # Each room of farm/ and how high it stands; an import must point to a lower room or its own.
 HEIGHT = {
-    "states": 0, "errors": 0, "demo": 0,
+    "states": 0, "errors": 0, "faults": 0, "demo": 0,
     "samplers": 1, "weight_files": 1, "spec": 2, "config": 1, "units": 0.5, "logs": 1,
     "picture_bounds": 1, "png": 1, "parquet_rows": 1,
     "catalog": 3, "checks": 3,
