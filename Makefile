@@ -27,7 +27,7 @@ $(BIN)/python:
 $(VENV)/.farm: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing the farm into $(VENV) (torch is large; about a minute)"
 	$(PIP) install $(QUIET) torch
-	$(PIP) install $(QUIET) --editable '.[embedded,diffusers,models,http,client]'
+	$(PIP) install $(QUIET) --editable '.[embedded,diffusers,models,http,client,dataset,provenance]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.farm

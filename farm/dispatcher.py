@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 MAX_WAIT_S = 10.0
-LEAD = "dispatcher"
 TICKS = 3.0  # that a leader may be silent
 UPKEEP_S, HOUR_S, DAY_S = 60.0, 3600.0, 86_400.0
 JOIN_S = 5.0
@@ -146,13 +145,13 @@ class _Dispatcher:
         led, self.leads = self.leads, False  # should the database be away, nobody knows
         with self._db.write() as connection:
             ttl_s = TICKS * self._settings.tick_s
-            self.leads = leases.take(connection, LEAD, self.name, ttl_s)
+            self.leads = leases.take(connection, leases.DISPATCHER, self.name, ttl_s)
         if led != self.leads:
             log.info("this dispatcher %s", "leads" if self.leads else "watches; another one leads")
 
     def _hand_over(self) -> None:
         with self._db.write() as connection:
-            leases.give_up(connection, LEAD, self.name)
+            leases.give_up(connection, leases.DISPATCHER, self.name)
 
     def _reconcile(self) -> None:
         """After an outage of the database every worker gets time to beat once more."""

@@ -76,7 +76,8 @@ def _no_secret(name: str) -> str:
 class NotifySection(BaseModel):
     """Who is told of a run's end, and when.
 
-    `on` failure: when a row failed, or the run itself. A command is no shell's: a list of words.
+    `on` failure: when a row failed, none was accepted, or the run itself failed. A command is no
+    shell's: a list of words.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -108,9 +109,9 @@ class _NotTold(Exception):
 def notify(section: NotifySection, summary: Mapping[str, Any]) -> list[str]:
     """Tell what `section` names of a run's summary; what failed, a sentence each. Never raises.
 
-    A run whose `whole` is not true has failed. Takes some minutes at worst.
+    A run whose `ok` is not true has failed. Takes some minutes at worst.
     """
-    if section.on == "failure" and summary.get("whole") is True:
+    if section.on == "failure" and summary.get("ok") is True:
         return []
     troubles = []
     body = json.dumps(dict(summary), default=str)

@@ -76,12 +76,17 @@ class Plan:
             _refuse_label(name, getattr(self, name))
         if not isinstance(self.eager, bool) or not isinstance(self.reuse, bool):
             raise InvalidParameter("eager and reuse: True or False")
-        if not _is_number(self.priority, -MAX_PRIORITY, MAX_PRIORITY) or self.priority % 1:
-            raise InvalidParameter(f"priority: a whole number up to {MAX_PRIORITY:,} either way")
+        check_priority(self.priority)
         if not (self.after is None or isinstance(self.after, str)):
             raise InvalidParameter("after: the id of a batch")
         if not (self.expires_s is None or _is_number(self.expires_s, 0, MAX_EXPIRES_S)):
             raise InvalidParameter("expires_s: a number of seconds, ten years at most")
+
+
+def check_priority(value: Any) -> None:
+    """Raises InvalidParameter."""
+    if not _is_number(value, -MAX_PRIORITY, MAX_PRIORITY) or value % 1:
+        raise InvalidParameter(f"priority: a whole number up to {MAX_PRIORITY:,} either way")
 
 
 def _is_number(value: Any, least: float, most: float) -> bool:

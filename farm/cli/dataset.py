@@ -43,8 +43,11 @@ def init(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it.")] = Path(
         "dataset.toml"
     ),
+    as_json: Json = False,
 ) -> None:
     """Write a recipe to begin with: the demo model's shapes, each section explained."""
+    from farm.cli.dataset_view import command
+
     example = Path(__file__).parents[1] / "datasets" / "example.toml"
     try:
         with file.open("x", encoding="utf-8") as out:
@@ -53,8 +56,11 @@ def init(
         raise Invalid(f"{file} is there already; give another name") from None
     except OSError as error:
         raise Invalid(f"{file}: {error.strerror}") from None
+    if as_json:
+        print_json({"recipe": str(file)})
+        return
     print_line(str(file))
-    hint(f"next: edit it, then `farm dataset plan {file}` and `farm dataset run {file}`")
+    hint(f"next: edit it, then `{command('plan', file)}` and `{command('run', file)}`")
 
 
 @dataset.command(
@@ -103,7 +109,11 @@ def _preview(farm: Any, recipe: Recipe, label: str, n: int, sheet: Path) -> None
     about: Any = {**recipe.shared, "name": f"{recipe.name} preview", "owner": recipe.owner}
     status = farm.submit_rows(rows, recipe.folder, **about)
     tell_unserved(farm, list(status.by_model))
-    follow(farm, [status.id])
+    try:
+        follow(farm, [status.id])
+    except KeyboardInterrupt:
+        note(f"interrupted; the preview goes on, `farm cancel {status.id}` ends it")
+        raise
     shown = farm.contact_sheet(status.id, sheet)
     note(f"{plural(shown, 'picture')} in {sheet}")
 
@@ -129,6 +139,7 @@ def run(
     It can be stopped at any moment, also by force, and run again anywhere with the
     same farm: rows that are rendered stay so, shards that are whole are left as they
     are. With --json an object a line is printed: the batch, each shard, the summary.
+    Exit status 1: rows failed, or none was accepted.
     """
     _carry_out(file, label, priority, notify, as_json, redrive=False)
 
@@ -148,7 +159,7 @@ def redrive(
 def _carry_out(
     file: Path, label: str, priority: int | None, notify: bool, as_json: bool, *, redrive: bool
 ) -> None:
-    from farm.cli.dataset_view import Lines, tell_summary, telling
+    from farm.cli.dataset_view import Lines, command, tell_summary, telling
     from farm.datasets.run import run as carry_out
 
     recipe = _recipe(file)
@@ -156,7 +167,7 @@ def _carry_out(
         try:
             told = carry_out(farm, recipe, label, priority=priority, redrive=redrive, tell=tell)
         except KeyboardInterrupt:
-            again = f"farm dataset run {file}" + (f" --label {label}" if label else "")
+            again = command("run", file, label)
             note(f"interrupted; the batch goes on, and `{again}` goes on with it")
             raise
         except Exception as error:
@@ -171,7 +182,7 @@ def _carry_out(
         Lines.print(summary)
     else:
         print_line(told.out)
-    if not told.whole:
+    if not told.ok:
         raise typer.Exit(1)
 
 
@@ -196,12 +207,13 @@ def _notify(recipe: Recipe, summary: dict[str, Any]) -> None:
     if recipe.notify is None:
         note("the recipe has no [notify]: nobody was told")
         return
-    failed = "error" in summary or not summary.get("whole")
-    for trouble in notify(recipe.notify, summary | {"failed": failed}):
+    for trouble in notify(recipe.notify, summary | {"failed": not summary.get("ok")}):
         note(f"notify: {trouble}")
 
 
-@dataset.command(epilog=examples("farm dataset status dataset.toml", "farm dataset status --json"))
+@dataset.command(
+    epilog=examples("farm dataset status dataset.toml", "farm dataset status dataset.toml --json")
+)
 def status(file: File, label: Label = "", as_json: Json = False) -> None:
     """Show how far a run is: its rows, its shards, and what its dataset holds."""
     from farm.cli.dataset_view import show_status
@@ -212,7 +224,7 @@ def status(file: File, label: Label = "", as_json: Json = False) -> None:
     if as_json:
         print_json(told.as_dict())
     else:
-        show_status(told, file)
+        show_status(told, file, label)
 
 
 @dataset.command(
@@ -266,18 +278,21 @@ def publish(
     epilog=examples(
         "farm dataset diff sets/2026-11-30 sets/2026-12-01",
         "farm dataset diff s3://public/shapes dataset.toml --json",
+        "farm dataset diff n.toml n.toml --old-label 2026-11-30 --label 2026-12-01",
     )
 )
 def diff(
     old: Annotated[str, typer.Argument(metavar="OLD", help=_PLACE)],
     new: Annotated[str, typer.Argument(metavar="NEW", help=_PLACE)],
+    old_label: Annotated[str, typer.Option(metavar="LABEL", help="If OLD is a recipe.")] = "",
+    label: Annotated[str, typer.Option(metavar="LABEL", help="If NEW is a recipe.")] = "",
     as_json: Json = False,
 ) -> None:
     """Tell what NEW has and OLD has not, row by row: by job, and by picture."""
     from farm.cli.dataset_view import show_diff
     from farm.datasets.diff import diff as compare
 
-    with _place(old, "") as (before, a), _place(new, "") as (after, b):
+    with _place(old, old_label) as (before, a), _place(new, label) as (after, b):
         found = compare(before, a, after, b)
     if as_json:
         print_json(found.as_dict())

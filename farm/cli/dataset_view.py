@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -37,7 +38,14 @@ if TYPE_CHECKING:
     from farm.store.batches import BatchStatus
 
 QUIET_S = 10.0  # between two lines of progress where there is no terminal
+REFRESH_S = 1.0  # between two looks at a batch while its shards are written
 SHOWN = 20
+
+
+def command(what: str, file: Path, label: str = "") -> str:
+    """A command line of `farm dataset`, for a person to copy."""
+    more = ["--label", label] if label else []
+    return shlex.join(["farm", "dataset", what, str(file), *more])
 
 
 @contextlib.contextmanager
@@ -104,15 +112,16 @@ class _Bars(_Words):
         self._show(status, self._pace.rate(status, time.monotonic()))
 
     def _show(self, status: BatchStatus, rate: float | None) -> None:
-        self._total = status.total
+        self._batch, self._shown = status.id, time.monotonic()
         told = sentence(status, rate).partition(" done")[2].lstrip(", ")
         done = status.total - status.open
         self._progress.update(self._rows, total=status.total, completed=done, told=told)
 
     def shard(self, shard: int, shards: int, written: bool) -> None:
         told = "" if written else "were whole"
-        if shard + 1 == shards:
-            self._progress.update(self._rows, completed=self._total, told="")
+        if shard + 1 == shards or time.monotonic() - self._shown > REFRESH_S:
+            with contextlib.suppress(EnvironmentFault):
+                self._show(self._farm.status(self._batch), None)
         self._progress.update(self._shards, total=shards, completed=shard + 1, told=told)
 
 
@@ -136,13 +145,16 @@ def tell_summary(told: Summary, file: Path) -> None:
     """Two lines on a run that is over, and what to do if rows failed."""
     counts = ", ".join(f"{n:,} {state}" for state, n in told.counts.items() if n)
     note(f"{told.name}: {plural(told.rows, 'row')}: {counts}, in {duration(told.seconds)}")
+    if told.refused:
+        gates = ", ".join(f"{n:,} by {gate}" for gate, n in told.refused.items())
+        note(f"rejected: {gates}; stats/ in the dataset tells why, row by row")
     note(
         f"{told.rendered:,} rendered now, {told.reused:,} before; {plural(told.shards, 'shard')}, "
         f"{told.written:,} written, {show_size(told.bytes)} of pictures"
     )
     if not told.whole:
-        label = f" --label {told.label}" if told.label else ""
-        hint(f"why: farm status {told.batch}; again: farm dataset redrive {file}{label}")
+        again = command("redrive", file, told.label)
+        hint(f"why: farm status {told.batch}; again: {again}")
 
 
 def show_plan(told: Plan) -> None:
@@ -175,7 +187,7 @@ def show_plan(told: Plan) -> None:
         print_line(f"  {short(sample['prompt'], 70)}  ({shown})")
 
 
-def show_status(told: Status, file: Path) -> None:
+def show_status(told: Status, file: Path, label: str) -> None:
     """How far a run is."""
     batch = told.batch
     counts = ", ".join(f"{n:,} {state}" for state, n in told.counts.items() if n)
@@ -192,8 +204,13 @@ def show_status(told: Status, file: Path) -> None:
             ("to", told.out),
         ]
     )
-    if batch and not told.finished:
-        hint(f"go on: farm dataset run {file}")
+    if batch is None:
+        return
+    lost = told.counts if told.finished else {"cancelled": batch.counts["cancelled"]}
+    if lost.get("failed") or lost.get("cancelled"):
+        hint(f"failed and cancelled rows again: {command('redrive', file, label)}")
+    elif not told.finished:
+        hint(f"go on: {command('run', file, label)}")
 
 
 def show_verdict(told: Verdict) -> None:
@@ -205,7 +222,7 @@ def show_verdict(told: Verdict) -> None:
     sum_told = f"{plural(told.files, 'file')}, {show_size(told.bytes)}, {plural(told.rows, 'row')}"
     if told.wrong:
         note(f"{told.name}: {plural(len(told.wrong), 'file')} wrong, of {sum_told}")
-        hint("run its recipe again: shards that are not whole are written anew")
+        hint("run its recipe again, a copy: publish it again; what is not whole is written anew")
     else:
         note(f"{told.name}: all right, {sum_told}")
 

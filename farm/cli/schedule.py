@@ -21,6 +21,7 @@ from farm.cli.output import (
 )
 
 if TYPE_CHECKING:
+    from farm.service import Farm
     from farm.store.schedules import Run, Schedule
 
 _COMING = 5  # due times that `show` tells
@@ -64,7 +65,6 @@ def add(
     priority: Annotated[
         int, typer.Option(help="Of its batches; larger goes first, a submit has 0.")
     ] = -10,
-    owner: Annotated[str, typer.Option(help="Whose it is, for people to see.")] = "",
     as_json: Json = False,
 ) -> None:
     """Run a recipe whenever it is due, below all that people submit.
@@ -88,16 +88,32 @@ def add(
         until=until,
         priority=priority,
         catch_up=catch_up,
-        owner=owner,
+        owner=found.owner,
     )
-    with open_farm() as farm, farm.db.write() as connection:
-        made = policy.add(connection, terms, clock(connection))
+    with open_farm() as farm:
+        with farm.db.write() as connection:
+            made = policy.add(connection, terms, clock(connection))
+        _tell_idle(farm)
     if as_json:
         _print(made)
         return
     print_line(made.name)
     note(f"next due: {_when(made, made.next_due)}")
+    if not found.fresh:
+        hint(
+            "each run renders what is new in the recipe; for new pictures every time: fresh = true "
+            'and {label} in out, such as out = "sets/{label}"'
+        )
     hint(f"see it: farm schedule show {made.name}; now: farm schedule run {made.name}")
+
+
+def _tell_idle(farm: Farm) -> None:
+    """Say so if nobody would begin a run."""
+    from farm.store import leases
+
+    with farm.db.read() as connection:
+        if not leases.is_held(connection, leases.DISPATCHER):
+            hint("no dispatcher runs, so nothing is begun; start one: farm up, or farm dispatcher")
 
 
 @schedule.command("list", epilog=examples("farm schedule list", "farm schedule list --json"))
@@ -105,9 +121,12 @@ def list_schedules(as_json: Json = False) -> None:
     """Show the schedules, when each is due next, and what it does now."""
     from farm.store import schedules as store
 
-    with open_farm() as farm, farm.db.read() as connection:
-        found = store.listing(connection)
-        runs = store.open_runs(connection)
+    with open_farm() as farm:
+        with farm.db.read() as connection:
+            found = store.listing(connection)
+            runs = store.open_runs(connection)
+        if found:
+            _tell_idle(farm)
     under_way = {one.id: [run for run in runs if run.schedule_id == one.id] for one in found}
     if as_json:
         print_json([one.as_dict() | {"now": _now(one, under_way[one.id])} for one in found])
@@ -145,11 +164,13 @@ def show(name: Name, as_json: Json = False) -> None:
     from farm.store import schedules as store
     from farm.store.tables import clock
 
-    with open_farm() as farm, farm.db.read() as connection:
-        one = store.find(connection, name)
-        runs = store.open_runs(connection, one.id)
-        last = store.history(connection, one.id, 1)
-        at = clock(connection)
+    with open_farm() as farm:
+        with farm.db.read() as connection:
+            one = store.find(connection, name)
+            runs = store.open_runs(connection, one.id)
+            last = store.history(connection, one.id, 1)
+            at = clock(connection)
+        _tell_idle(farm)
     due = [] if one.paused else coming(one.cron, one.tz, max(at, one.next_due - 1), _COMING)
     if as_json:
         told = {"now": _now(one, runs), "coming": due}
@@ -244,9 +265,12 @@ def _change(name: str, change: Any, as_json: bool, told: str) -> None:
     from farm.store import schedules as store
     from farm.store.tables import clock
 
-    with open_farm() as farm, farm.db.write() as connection:
-        change(connection, store.find(connection, name), clock(connection))
-        one = store.find(connection, name)
+    with open_farm() as farm:
+        with farm.db.write() as connection:
+            change(connection, store.find(connection, name), clock(connection))
+            one = store.find(connection, name)
+        if not one.paused:
+            _tell_idle(farm)
     if as_json:
         _print(one)
     else:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
 from typing import Any, Protocol, TypeVar
@@ -17,6 +17,7 @@ from farm.datasets.rows import Planned, Seeds, planned
 from farm.errors import (
     DatabaseUnavailable,
     InvalidConfig,
+    InvalidPromptFile,
     KeyReused,
     PictureBlocked,
     RowError,
@@ -96,6 +97,29 @@ def rows_of(stream: Iterable[Planned | RowError]) -> Iterator[Row]:
             yield one.line, one.fields | {"n": 1}
 
 
+@contextmanager
+def told_once(recipe: Recipe) -> Iterator[None]:
+    """What is wrong with rows, by where a person mends it.
+
+    Raises InvalidConfig for values of [params], each once however many rows have it, and
+    InvalidPromptFile with the prompt file's name for the rest.
+    """
+    try:
+        yield
+    except InvalidPromptFile as error:
+        mine = {
+            one.field: one for one in reversed(error.errors) if recipe.gives(one.field, one.got)
+        }
+        if mine:
+            told = [f"params.{str(one).partition(': ')[2]}" for one in mine.values()]
+            raise InvalidConfig("\n  ".join(["the recipe is wrong:", *sorted(told)])) from None
+        if recipe.prompts.file:
+            raise InvalidPromptFile(
+                f"{recipe.prompts.file}: {error.message}", error.errors
+            ) from None
+        raise
+
+
 class Batches:
     """Submits and looks at the batches of one recipe and label; outages are waited out.
 
@@ -120,7 +144,7 @@ class Batches:
             raise InvalidConfig(CHANGED)
 
     def main(self) -> BatchStatus:
-        """The batch of all rows. Raises InvalidPromptFile with the bad ones."""
+        """The batch of all rows. Raises as `told_once` does for bad ones."""
         rows = lambda: rows_of(planned(self._recipe, self._label))  # noqa: E731
         found = self._made(rows, self._key, self._name, self._priority, progress=self._tell.queued)
         self._tell.batch(found)
@@ -205,7 +229,8 @@ class Batches:
         about |= self._recipe.shared | more
 
         def submit() -> BatchStatus:
-            return self._farm.submit_rows(rows(), self._recipe.folder, **about)
+            with told_once(self._recipe):
+                return self._farm.submit_rows(rows(), self._recipe.folder, **about)
 
         about["takeover_s"] = 0.0  # the process that began it is gone, or says so below
         while True:

@@ -57,8 +57,12 @@ class Verdict:
 def manifest_of(place: BlobStore, where: str) -> Manifest:
     """Raises NotFound where no dataset lies, or one that is not finished, and BlobDamaged."""
     found = read_json(place, MANIFEST)
-    if found is None or "shards" not in found:
-        raise NotFound(f"{where} holds no finished dataset: no {MANIFEST} that tells of one")
+    if found is None:
+        raise NotFound(f"{where} holds no dataset: there is no {MANIFEST}")
+    if "shards" not in found:
+        raise NotFound(
+            f"the dataset in {where} is not finished; `farm dataset run` goes on with it"
+        )
     try:
         return Manifest.model_validate(found)
     except ValidationError as error:
@@ -79,7 +83,8 @@ def files_of(place: BlobStore, manifest: Manifest) -> Iterator[File]:
     yield from manifest.files
     for shard, stats in stats_of(place, manifest):
         if stats is None:
-            raise BlobDamaged(f"{shard.stats.key} is not what was written")
+            fault = "not what was written" if place.stat(shard.stats.key) else "missing"
+            raise BlobDamaged(f"{shard.stats.key} is {fault}")
         yield shard.stats
         yield from map(File.model_validate, stats["files"])
 

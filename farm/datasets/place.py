@@ -32,6 +32,8 @@ def content_type(key: str) -> str:
 
 def open_place(where: str, settings: Settings) -> BlobStore:
     """The store at a directory or URL. Raises InvalidConfig, also where a file is in the way."""
+    if not where:
+        raise InvalidConfig("the place is empty; a dataset lies in a directory, or at an s3:// URL")
     place = open_blobs(where, s3=s3_options(settings))
     if "://" not in where:
         path = Path(where).absolute()

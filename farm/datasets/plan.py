@@ -9,7 +9,8 @@ from itertools import islice
 from typing import Any
 
 from farm.catalog import Lane
-from farm.datasets.batches import batch_key, rows_of
+from farm.datasets.batches import batch_key, rows_of, told_once
+from farm.datasets.place import open_place
 from farm.datasets.recipe import Recipe
 from farm.datasets.rows import planned
 from farm.errors import InvalidPromptFile, RowError, things_wrong
@@ -52,15 +53,17 @@ class Plan:
 
 
 def plan(farm: Farm, recipe: Recipe, label: str = "") -> Plan:
-    """Read the whole recipe; nothing is changed. Raises InvalidPromptFile with the bad rows."""
+    """Read the whole recipe; nothing is changed. Raises as `told_once` does for bad rows, and
+    InvalidConfig for a place that cannot be one."""
     told = Plan(recipe.name, label, recipe.place(label), formats=list(recipe.formats))
+    open_place(told.out, farm.settings).close()
     made = farm.made_by(recipe.owner, batch_key(farm.catalog, recipe, label))
     told.batch = made.id if made else None
     left: Counter[str] = Counter()
     by_model: Counter[str] = Counter()
     origins = _Origins(farm)
     stream = _good(farm.checked(rows_of(planned(recipe, label)), recipe.folder, **_given(recipe)))
-    while chunk := list(islice(stream, CHUNK)):
+    while chunk := _chunk(recipe, stream):
         there = origins.rendered(chunk)
         for job, done in zip(chunk, there, strict=True):
             model = job.shape.spec.model
@@ -75,6 +78,11 @@ def plan(farm: Farm, recipe: Recipe, label: str = "") -> Plan:
     told.unknown = sorted(model for model in by_model if not origins.of(model))
     _estimate(farm, told, left)
     return told
+
+
+def _chunk(recipe: Recipe, stream: Iterator[NewJob]) -> list[NewJob]:
+    with told_once(recipe):
+        return list(islice(stream, CHUNK))
 
 
 def preview_rows(recipe: Recipe, label: str, n: int) -> list[dict[str, Any]]:

@@ -27,12 +27,14 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import tomlkit
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from farm import faults
 from farm.datasets.card import CardSection
 from farm.datasets.formats import FORMATS, check_columns
 from farm.datasets.gates import GatesSection
@@ -43,6 +45,7 @@ from farm.notify import NotifySection
 from farm.prompt_files import ROW_FIELDS
 from farm.prompts import MAX_PICTURES
 from farm.spec import FIELDS, NAME_PATTERN
+from farm.submitting import MAX_PRIORITY
 from farm.templates import Template, parse_list
 
 MAX_BYTES = 16 * 2**20
@@ -79,7 +82,7 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     out: Annotated[str, Field(min_length=1), AfterValidator(_place)]
     owner: str = ""
-    priority: int = -10
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = -10
     pictures: Annotated[int, Field(ge=1, le=MAX_PICTURES)] = 1
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     fresh: bool = False  # new seeds for each label, so that every night has pictures of its own
@@ -110,6 +113,8 @@ class Recipe(Section):
     def _fits(self) -> Recipe:
         if unknown := [name for name in self.formats if name not in FORMATS]:
             raise ValueError(f"formats: {unknown[0]!r} is none of {', '.join(FORMATS)}")
+        if "parquet" in self.formats and find_spec("pyarrow") is None:
+            raise ValueError("formats: parquet needs pyarrow: pip install 'renderfarm[dataset]'")
         if len(set(self.formats)) < len(self.formats):
             raise ValueError("formats: one stands twice")
         for name in (*self.params, *self.sampled):
@@ -118,6 +123,11 @@ class Recipe(Section):
                 raise ValueError(f"params: {name[:60]!r} is none of {known}")
         if not self.models:
             raise ValueError("params: model is missing")
+        if self.fresh and "{label}" not in self.out:
+            raise ValueError(
+                "out: with fresh = true it needs {label}, such as sets/{label}: each label has "
+                "pictures of its own, which would be written over those of the one before"
+            )
         if self.combinations > MAX_COMBINATIONS:
             raise ValueError(f"params: {self.combinations:,} combinations of `each`; at most 1,000")
         return self
@@ -149,6 +159,14 @@ class Recipe(Section):
         some = [self.params.get("model")] + (listed if isinstance(listed, list) else [listed])
         some += [*(sampled.each or sampled.choice or ())] if sampled else []
         return [one for one in some if one is not None]
+
+    def gives(self, name: str, got: str) -> bool:
+        """Whether rows have this value of a field, told as errors tell it, from [params]."""
+        sampled = self.sampled.get(name)
+        if sampled and sampled.uniform is not None:
+            return True
+        given = (sampled.each or sampled.choice or ()) if sampled else [self.params.get(name)]
+        return any(got.startswith(repr(one)[:57]) for one in given if one is not None)
 
     @property
     def combinations(self) -> int:
@@ -256,9 +274,9 @@ def load_recipe(path: Path) -> Recipe:
             raise InvalidConfig(f"{path}: a recipe has at most {MAX_BYTES >> 20} MiB")
         text = data.decode("utf-8-sig")
         told = tomllib.loads(text)
-    except OSError as error:
-        raise InvalidConfig(f"{path}: {error.strerror}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
+        raise InvalidConfig(f"{path}: {faults.unreadable(error)}") from None
+    except RecursionError as error:
         raise InvalidConfig(f"{path}: {error}") from None
     if bad := {"folder", "text", "sampled"} & set(told):
         raise InvalidConfig(f"{path}: {bad.pop()}: no such key")
@@ -274,14 +292,12 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def _sentence(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"]).replace("sampled.", "params.", 1)
-    what = str(item["msg"]).removeprefix("Value error, ")
-    if item["type"] == "extra_forbidden":
-        return f"{where}: no such key"
-    if item["type"] == "missing":
-        return f"{where}: is missing"
+    where = faults.where(item).replace("sampled.", "params.", 1)
+    what = faults.what(item)
     if item["type"] == "string_pattern_mismatch" and where == "name":
         what = "expected small letters, digits, - and _, 63 at most"
     given = repr(item["input"])
+    told = item["type"] not in ("extra_forbidden", "missing", "string_too_short")
     secret = where.startswith("notify") or len(given) > 60 or not where
-    return f"{where or 'recipe'}: {what}" + ("" if secret else f" (got {given})")
+    got = f" (got {given})" if told and not secret else ""
+    return f"{where}: {what}{got}" if where else f"{what}{got}"

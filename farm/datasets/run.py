@@ -21,7 +21,7 @@ from typing import Any
 from farm.blobs import BlobStore
 from farm.datasets import finish
 from farm.datasets.batches import CHANGED, Batches, Tell, asked, patiently
-from farm.datasets.outcome import ACCEPTED, CANCELLED, FAILED, STATES, Outcome
+from farm.datasets.outcome import ACCEPTED, CANCELLED, FAILED, REJECTED, STATES, Outcome
 from farm.datasets.place import open_place, take
 from farm.datasets.recipe import Recipe
 from farm.datasets.rows import Planned, planned
@@ -40,7 +40,7 @@ _THREADS = 4  # that look for lost pictures
 
 @dataclass
 class Summary:
-    """What a run made. `bytes`: of the accepted pictures.
+    """What a run made. `bytes`: of the accepted pictures. `refused`: rejected rows by last gate.
 
     Of this process: `rendered`: pictures rendered since it began, `reused`: those that were there;
     `written`: shards that it wrote, `kept`: those that were complete; `seconds`.
@@ -52,6 +52,7 @@ class Summary:
     out: str
     rows: int = 0
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STATES, 0))
+    refused: dict[str, int] = field(default_factory=dict)
     rendered: int = 0
     reused: int = 0
     shards: int = 0
@@ -65,14 +66,21 @@ class Summary:
         """Whether every row was rendered, be it accepted or not."""
         return not self.counts[FAILED] and not self.counts[CANCELLED]
 
+    @property
+    def ok(self) -> bool:
+        """Whether it is whole, and not empty."""
+        return self.whole and bool(self.counts[ACCEPTED])
+
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"whole": self.whole}
+        return asdict(self) | {"whole": self.whole, "ok": self.ok}
 
     def count(self, outcomes: Sequence[Outcome], since: float) -> None:
         """Add a shard's. `since`: when the process began, by the database's clock."""
         counts = Counter(one.state for one in outcomes)
         for state in STATES:
             self.counts[state] += counts[state]
+        gates = Counter(one.tries[-1].gate for one in outcomes if one.state == REJECTED)
+        self.refused = dict(sorted((gates + Counter(self.refused)).items()))
         tried = [job for one in outcomes for job in one.jobs]
         pictures = [job for job in tried if job.state == JobState.SUCCEEDED]
         fresh = (job for job in pictures if job.render_s is not None)

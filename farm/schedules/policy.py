@@ -22,6 +22,7 @@ from farm.spec import NAME_PATTERN
 from farm.store import batches
 from farm.store import schedules as store
 from farm.store.schedules import Run, Schedule, Terms
+from farm.submitting import check_priority
 
 GRACE_S = 600.0  # a due time that is older was missed
 KEPT = 100  # missed due times that get rows of their own
@@ -38,6 +39,8 @@ def add(connection: Connection, terms: Terms, at: float) -> Schedule:
         )
     if terms.until is not None:
         check_until(terms.until)
+    if terms.priority is not None:
+        check_priority(terms.priority)
     return store.add(connection, terms, next_due(terms.cron, terms.tz, at), at)
 
 

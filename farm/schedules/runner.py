@@ -15,7 +15,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -107,8 +107,17 @@ class _Held:
         if isinstance(error, dict):
             return "failed", _storable(str(error.get("message", "")))
         if code == 1 and self.summary:
-            return "failed", "some rows failed; see its summary"
+            return "failed", _shortfall(self.summary)
         return "failed", _storable(f"{self.child.obituary()}\n{self.child.last_words()}")
+
+
+def _shortfall(summary: Mapping[str, Any]) -> str:
+    """What a run that came to its end fell short of."""
+    counts = summary.get("counts")
+    found = counts if isinstance(counts, dict) else {}
+    short = [f"{n} {state}" for state, n in found.items() if n and state != "accepted"]
+    why = f"; why: farm status {summary['batch']}" if "batch" in summary else ""
+    return _storable(f"rows: {', '.join(short) or 'none accepted'}{why}")
 
 
 def _storable(text: str) -> str:

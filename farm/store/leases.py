@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, and_, delete, or_
+from sqlalchemy import Connection, and_, delete, or_, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from farm.store.tables import leases, now
+
+DISPATCHER = "dispatcher"  # the lease of the dispatcher that leads
 
 
 def take(connection: Connection, name: str, holder: str, ttl_s: float) -> bool:
@@ -16,6 +18,12 @@ def take(connection: Connection, name: str, holder: str, ttl_s: float) -> bool:
     free = or_(leases.c.holder == holder, leases.c.expires_at < now())
     taken = insert.on_conflict_do_update(index_elements=[leases.c.name], set_=values, where=free)
     return connection.execute(taken.returning(leases.c.name)).first() is not None
+
+
+def is_held(connection: Connection, name: str) -> bool:
+    """Whether somebody holds it now."""
+    held = select(leases.c.name).where(leases.c.name == name, leases.c.expires_at >= now())
+    return connection.execute(held).first() is not None
 
 
 def give_up(connection: Connection, name: str, holder: str) -> None:

@@ -241,5 +241,6 @@ def release(
     values = {
         "state": state, "why": why or schedule_runs.c.why, "holder": None, "lease_until": None,
         "finished_at": at if over else None, "summary": dict(summary) if summary else None,
+        "batch_id": run.batch_id,
     }  # fmt: skip
     return bool(connection.execute(update(schedule_runs).where(mine).values(values)).rowcount)

@@ -15,7 +15,7 @@ from sqlalchemy import delete, event, text, update
 
 from farm.config import Settings
 from farm.dispatch import claim_bundle
-from farm.dispatcher import LEAD, _Dispatcher
+from farm.dispatcher import _Dispatcher
 from farm.errors import NotFound, QuotaExceeded, RenderFailed
 from farm.reconcile import end_stopped
 from farm.spec import NewJob
@@ -281,7 +281,7 @@ def test_many_who_want_the_first_lease_get_one(kit: Kit) -> None:
     def take(name: int) -> bool:
         start.wait()
         with kit.db.write() as connection:
-            return leases.take(connection, LEAD, str(name), 60.0)
+            return leases.take(connection, leases.DISPATCHER, str(name), 60.0)
 
     with ThreadPoolExecutor(6) as pool:
         assert sum(pool.map(take, range(6))) == 1

@@ -27,8 +27,8 @@ from farm.errors import (
     BlobDamaged,
     BlobNotFound,
     DatabaseUnavailable,
+    Invalid,
     InvalidConfig,
-    InvalidPromptFile,
     StorageUnavailable,
 )
 from farm.service import Farm
@@ -290,8 +290,8 @@ def test_prompts_that_change_during_a_run(
 @pytest.mark.parametrize(
     ("told", "words"),
     [
-        ({"params": {"model": "none"}}, "1 thing is wrong"),
-        ({"params": {"model": "fake-fast", "steps": 0}}, "things? (is|are) wrong"),
+        ({"params": {"model": "none"}}, "params.model: one of "),
+        ({"params": {"model": "fake-fast", "steps": 0}}, "params.steps: "),
         ({"filters": {"min_chars": 500}}, "no prompt"),
     ],
     ids=["model", "steps", "filtered"],
@@ -300,9 +300,9 @@ def test_bad_rows_queue_nothing(
     idle: LoneRunner, tmp_path: Path, told: dict[str, Any], words: str
 ) -> None:
     told = {"prompts": {"template": "thing {n}", "lists": {"n": [1]}}, **told}
-    with pytest.raises(InvalidPromptFile, match=words):
+    with pytest.raises(Invalid, match=words):
         make(idle, tmp_path / "sets", **told)
-    with pytest.raises(InvalidPromptFile):
+    with pytest.raises(Invalid):
         plan(idle.farm, recipe(tmp_path / "sets", **told))
     assert idle.farm.batches() == []
 

@@ -241,7 +241,7 @@ def test_add_takes_what_is_said_of_a_model(farm: Farm, home: Path, tmp_path: Pat
     entry = load_catalog(home / "models.toml").get("mine")
     assert (entry.family, entry.terms, entry.memory_gb) == ("flux", 'be "kind"', 7.5)
     shown = farm("models", "show", "mine").out
-    for told in ('be "kind"', "Jo", "7.5 GB", "1024x1024, 28 steps, guidance 3.5", "local, 0.0 MB"):
+    for told in ('be "kind"', "Jo", "7.5 GB", "1024x1024, 28 steps, guidance 3.5", "local, 31 B"):
         assert told in shown
     ran = farm("models", "add", "other", "--path", "mine", "-e", "diffusers", "--family", "sd9")
     assert (ran.code, "family" in ran.err) == (2, True)

@@ -174,11 +174,22 @@ def ended(db: Database, home: Path, command: Sequence[str]) -> Run:
     return runs(db, schedule_id)[0]
 
 
+SHORT = {
+    "batch": "0f9k2m4x7q3w5t8b",
+    "counts": {"accepted": 5, "rejected": 7, "failed": 3, "cancelled": 0},
+}
+
+
 @pytest.mark.parametrize(
     ("code", "state", "why"),
     [
         ("print('{\"whole\": true}')", "succeeded", ""),
-        ("print('{\"whole\": false}'); exit(1)", "failed", "some rows failed; see its summary"),
+        ("print('{\"whole\": false}'); exit(1)", "failed", "rows: none accepted"),
+        (
+            f"import json; print(json.dumps({SHORT})); exit(1)",
+            "failed",
+            "rows: 7 rejected, 3 failed; why: farm status 0f9k2m4x7q3w5t8b",
+        ),
         ('print(\'{"error": {"message": "no recipe"}}\'); exit(2)', "failed", "no recipe"),
         ("exit('odd\\0')", "failed", "schedule-nightly ended with exit code 1\n  odd"),
         ("import os; os.abort()", "failed", "schedule-nightly was killed by SIGABRT\n"),
@@ -192,6 +203,7 @@ def test_what_became_of_a_run(
     assert run.state == state
     assert why is None or run.why == why
     assert run.summary is None or "n" not in run.summary or run.summary == {"n": "NaN"}
+    assert run.batch_id == (run.summary or {}).get("batch"), "however short it was"
 
 
 def test_a_log_that_cannot_be_written(db: Database, tmp_path: Path) -> None:

@@ -126,11 +126,11 @@ def test_what_is_wrong_with_a_dataset_is_data(run: Run, lone: LoneRunner, file: 
         (("plan", "test.toml", "--label", "../x"), 2, "label '../x'"),
         (("status", "test.toml", "--label", "A/B"), 2, "label 'A/B'"),
         (("redrive", "test.toml", "--label", "a\n"), 2, "label 'a"),
-        (("verify", "nothing"), 2, "no finished dataset"),
+        (("verify", "nothing"), 2, "holds no dataset"),
         (("verify", ""), 2, "empty"),
         (("verify", "test.toml/x"), 2, "test.toml is no directory"),
-        (("publish", "nothing", "copy"), 2, "no finished dataset"),
-        (("diff", "nothing", "test.toml"), 2, "no finished dataset"),
+        (("publish", "nothing", "copy"), 2, "holds no dataset"),
+        (("diff", "nothing", "test.toml"), 2, "holds no dataset"),
         (("verify", "ftp://x/y"), 2, "not ftp://"),
         (("run", "test.toml", "--priority", "9999999999"), 2, "priority"),
     ],
@@ -153,9 +153,62 @@ def test_bad_rows_are_told_by_line(run: Run, tmp_path: Path) -> None:
     for verb in ("plan", "run"):
         code, out, err = run("dataset", verb, file)
         assert (code, out) == (2, "")
-        assert "steps" in err
+        assert "p.jsonl: " in err
+        assert "line 2: steps: " in err
         code, out, _ = run("dataset", verb, file, "--json")
         assert {one["line"] for one in json.loads(out)["error"]["errors"]} == {2}
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            {"model": "nope"},
+            "params.model: one of fake-fast, fake-one, fake-slow, shapes (got 'nope')",
+        ),
+        ({"model": {"each": ["fake-one", "nope"]}}, "params.model: one of "),
+        ({"steps": 100_000}, "params.steps: "),
+        ({"steps": {"choice": [0, 4]}}, "params.steps: "),
+        ({"guidance_scale": {"uniform": [300.0, 900.0]}}, "params.guidance_scale: "),
+    ],
+)
+def test_a_wrong_value_of_all_rows_is_told_once(
+    run: Run, tmp_path: Path, given: dict[str, Any], told: str
+) -> None:
+    params = {"model": "fake-one", **given}
+    file = write_recipe(tmp_path, prompts=FEW, params=params, pictures=3)
+    for verb in ("plan", "run"):
+        code, out, err = run("dataset", verb, file)
+        assert (code, out, err.count(told), "line" in err) == (2, "", 1, False), err
+
+
+def test_a_dataset_without_a_picture_is_no_success(
+    run: Run, lone: LoneRunner, tmp_path: Path
+) -> None:
+    file = write_recipe(tmp_path, prompts=FEW, gates={"min_side": 9999})
+    code, _, err = run("dataset", "run", file)
+    assert (code, "rejected: 4 by min_side" in err) == (1, True)
+    code, out, _ = run("dataset", "run", file, "--json")
+    summary = lines(out)[-1]
+    assert (code, summary["whole"], summary["ok"]) == (1, True, False)
+    assert summary["refused"] == {"min_side": 4}
+
+
+def test_commands_that_are_shown_can_be_copied(run: Run, lone: LoneRunner, tmp_path: Path) -> None:
+    folder = tmp_path / "my sets"
+    folder.mkdir()
+    file = write_recipe(folder, prompts=FEW, out="{label}")
+    _, _, err = run("dataset", "init", "my sets/two.toml")
+    assert "`farm dataset plan 'my sets/two.toml'`" in err
+    _, _, err = run("dataset", "verify", folder / "night-1")
+    assert "holds no dataset" in err
+    run("dataset", "run", file, "--label", "night-1")
+    _, _, err = run("dataset", "diff", file, file, "--old-label", "night-1")
+    assert "--label" in err
+    code, out, _ = run(
+        "dataset", "diff", file, file, "--old-label", "night-1", "--label", "night-1", "--json"
+    )
+    assert (code, json.loads(out)["same"]) == (0, 4)
 
 
 def test_failed_rows_are_one_and_said_how_to_drive_again(

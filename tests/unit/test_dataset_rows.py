@@ -81,9 +81,10 @@ def test_rows_that_are_added_leave_the_others_seeds(tmp_path: Path) -> None:
 def test_a_label_changes_seeds_only_of_fresh_recipes(tmp_path: Path) -> None:
     plain = {label: seeds_of(rows(tmp_path, label)) for label in ("", "a", "b")}
     assert plain[""] == plain["a"] == plain["b"]
-    fresh = {label: seeds_of(rows(tmp_path, label, fresh=True)) for label in ("a", "b")}
+    told: Any = {"fresh": True, "out": "{label}"}
+    fresh = {label: seeds_of(rows(tmp_path, label, **told)) for label in ("a", "b")}
     assert not set(fresh["a"].values()) & set(fresh["b"].values())
-    assert fresh["a"] == seeds_of(rows(tmp_path, "a", fresh=True))
+    assert fresh["a"] == seeds_of(rows(tmp_path, "a", **told))
 
 
 def test_explicit_seeds_count_up_with_pictures(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def run(kit: Kit, ticks: int) -> Waits:
 
 def free(kit: Kit) -> bool:
     with kit.db.write() as connection:
-        return leases.take(connection, dispatcher.LEAD, "another", 60.0)
+        return leases.take(connection, leases.DISPATCHER, "another", 60.0)
 
 
 def test_who_leads_ticks_and_hands_over_at_its_end(kit: Kit, rung: list[str]) -> None:
@@ -67,7 +67,7 @@ def test_who_watches_does_nothing_and_leaves_the_lead_alone(kit: Kit, rung: list
     assert run(kit, 3).asked == [2.0, 2.0, 2.0]
     assert rung == []
     with kit.db.write() as connection:
-        assert not leases.take(connection, dispatcher.LEAD, "a third", 60.0)
+        assert not leases.take(connection, leases.DISPATCHER, "a third", 60.0)
 
 
 def test_a_broker_that_is_away_is_asked_less_and_less(

@@ -26,7 +26,7 @@ from farm import notify as room
 from farm.notify import NotifySection, notify
 
 SECRET = "whsec_" + base64.b64encode(b"a secret of twenty-four bytes").decode()
-SUMMARY = {"name": "nightly", "batch": "0f9k2m4x7q3w5t8b", "whole": True, "counts": {"ok": 3}}
+SUMMARY = {"name": "nightly", "batch": "0f9k2m4x7q3w5t8b", "ok": True, "counts": {"accepted": 3}}
 
 
 class Hook(ThreadingHTTPServer):
@@ -275,7 +275,7 @@ def test_one_that_fails_does_not_stop_the_other_one() -> None:
 
 @pytest.mark.parametrize(
     ("on", "summary", "times"),
-    [("always", SUMMARY, 1), ("failure", SUMMARY, 0), ("failure", {"whole": False}, 1),
+    [("always", SUMMARY, 1), ("failure", SUMMARY, 0), ("failure", {"ok": False}, 1),
      ("failure", {"error": {"code": "ERR_X"}}, 1)],
 )  # fmt: skip
 def test_when_it_is_told(on: str, summary: dict[str, Any], times: int) -> None:

@@ -38,18 +38,29 @@ def test_the_example_is_a_recipe() -> None:
     )
 
 
-def test_all_that_the_example_offers_is_good(tmp_path: Path) -> None:
-    of_files = ("# file", "# columns", "# keep")
-    text = re.sub(
-        r"^# ((\w+ = .*)|\[notify\].*)$",
-        lambda found: found[0] if found[0].startswith(of_files) else found[1],
-        EXAMPLE.read_text(),
-        flags=re.MULTILINE,
-    )
+OF_FILES = ("file", "format", "columns", "keep")
+OF_TEMPLATES = (
+    "template",
+    "negative_prompt",
+    "pick",
+    "count",
+    "colour",
+    "shape",
+    "[prompts.lists]",
+)
+
+
+@pytest.mark.parametrize("of_others", [OF_FILES, OF_TEMPLATES])
+def test_all_that_the_example_offers_is_good(of_others: tuple[str, ...], tmp_path: Path) -> None:
+    text = re.sub(r"^# (\w+ = |\[)", r"\1", EXAMPLE.read_text(), flags=re.MULTILINE)
+    lines = [line for line in text.splitlines() if not line.startswith(of_others)]
+    text = "\n".join(lines).replace('out = "datasets/', 'out = "datasets/{label}/')
     (tmp_path / "all.toml").write_text(text)
     told = load_recipe(tmp_path / "all.toml")
     assert (told.fresh, told.filters.distinct, told.gates.attempts) == (True, True, 3)
+    assert (told.prompts.file is None) == (of_others == OF_FILES)
     assert told.notify
+    assert told.gates.scores[0].plugin == "workers.scores:ClipScore"
     assert (told.combinations, set(told.drawn)) == (2, {"guidance_scale", "scheduler"})
 
 
@@ -61,6 +72,8 @@ def test_all_that_the_example_offers_is_good(tmp_path: Path) -> None:
         ({"out": "https://example.org/x"}, "out: expected a directory, or s3://bucket/prefix"),
         ({"out": "file:///srv/x"}, "out: expected a directory"),
         ({"out": "a\u0000b"}, "out: holds a NUL"),
+        ({"fresh": True}, "out: with fresh = true it needs {label}"),
+        ({"priority": 1_000_001}, "priority: "),
         ({"out": "~nobody-of-that-name/x"}, "out: "),
         ({"typo": 1}, "typo: no such key"),
         ({"sampled": {}}, "sampled: no such key"),
@@ -228,7 +241,7 @@ def test_the_digest_knows_what_decides_the_rows(tmp_path: Path) -> None:
     other: list[dict[str, Any]] = [
         {"seed": 1},
         {"pictures": 2},
-        {"fresh": True},
+        {"fresh": True, "out": "{label}"},
         {"name": "other"},
         {"params": {"model": "fake-fast", "steps": 2}},
         {"params": {"model": "fake-fast", "steps": {"each": [2]}}},

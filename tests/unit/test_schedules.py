@@ -163,6 +163,8 @@ def test_a_schedule_from_its_beginning_to_its_end(run: Run, tmp_path: Path) -> N
     code, out, err = run(*ADD, "--until", "07:00", "--catch-up")
     assert (code, out) == (0, "shapes\n")
     assert "02:00 (Europe/Madrid)" in err
+    assert "no dispatcher runs" in err
+    assert "fresh = true" in err
     (one,) = json.loads(run("schedule", "list", "--json")[1])
     assert one["recipe"] == str(tmp_path / "nightly.toml")
     assert (one["priority"], one["now"], one["catch_up"]) == (-10, "idle", True)
@@ -193,6 +195,7 @@ def test_a_schedule_from_its_beginning_to_its_end(run: Run, tmp_path: Path) -> N
         (("--tz", "Mars"), "no time zone"),
         (("--cron", "often"), "such as"),
         (("--name", "../x"), "expected small letters"),
+        (("--priority", "9999999999"), "priority: a whole number up to 1,000,000"),
         (("--name", "Ann's"), "expected small letters"),
     ],
 )
