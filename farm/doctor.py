@@ -262,7 +262,8 @@ def _workers(farm: Farm) -> list[Check]:
         found.append(Check("pictures", "warn", text, "they are stored once that is mended"))
     for lane, n in sorted(waiting.items()):
         model, _, engine = lane.partition(":")
-        text = f"{n:,} jobs wait and no worker serves it{f' on {engine}' if engine else ''}"
+        waits = "job waits" if n == 1 else "jobs wait"
+        text = f"{n:,} {waits} and no worker serves it{f' on {engine}' if engine else ''}"
         mend = f"start one: farm worker --model {model} --engine {engine or 'E'}"
         found.append(Check(f"model {model}", "warn", text, mend))
     return found

@@ -38,5 +38,8 @@ def parse_size(text: str) -> int:
 
 
 def show_size(size: int) -> str:
-    """In GB or MB, with the digits that matter to a person."""
-    return f"{size / GB:.3g} GB" if size >= GB else f"{size / 10**6:.3g} MB"
+    """`17 B`, `39.1 kB`, `537 MB`, `25.8 GB`: the digits that matter to a person."""
+    for power, unit in ((15, "PB"), (12, "TB"), (9, "GB"), (6, "MB"), (3, "kB")):
+        if size >= 0.9995 * 10**power:
+            return f"{size / 10**power:.3g} {unit}"
+    return f"{size} B"

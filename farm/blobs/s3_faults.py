@@ -17,7 +17,7 @@ _CODES = {
     "ExpiredToken": "the credentials have expired: renew them",
     "AccessDenied": "the credentials give no right to do this: grant it, or correct the keys",
     "RequestTimeTooSkewed": "the clocks of this machine and the server differ: set them right",
-    "PermanentRedirect": "the bucket is in another region: set FARM_S3_REGION or FARM_S3_ENDPOINT_URL",
+    "PermanentRedirect": "the bucket is in another region: set FARM_S3_REGION or the endpoint",
     "AuthorizationHeaderMalformed": "the region is not the server's: set FARM_S3_REGION",
     "XMinioStorageFull": "the server's disk is full: free some space there",
     "InsufficientStorage": "the server's disk is full: free some space there",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
 
@@ -79,13 +80,20 @@ def show_config(as_json: Json = False) -> None:
     rows = [
         (
             env[name],
-            str(value) if value is not None else None,
+            _as_toml(value),
             "set" if name in given else "default",
         )
         for name, value in values.items()
     ]
     print_table(("setting", "value", "from"), rows)
     hint("in farm.toml the names are lower case, without FARM_")
+
+
+def _as_toml(value: Any) -> str | None:
+    """Texts without their quotes."""
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value)
 
 
 @config.callback()

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from farm.cli.output import clean, console, duration, hint, live, note, pace, plural, short
+from farm.cli.output import about, clean, console, duration, hint, live, note, pace, plural, short
 from farm.errors import DatabaseUnavailable
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def sentence(status: BatchStatus, rate: float | None) -> str:
     if status.paused and not status.done:
         parts.append("paused")
     elif status.open and rate:
-        parts += [pace(rate), f"about {duration(status.open / rate)} to go"]
+        parts += [pace(rate), f"{about(status.open / rate)} to go"]
     return ", ".join(parts)
 
 

@@ -11,6 +11,7 @@ import typer
 from farm.cli.context import BATCH_HELP, Json, examples, find_target, open_farm
 from farm.cli.follow import follow, summary, tell_held, tell_unserved
 from farm.cli.output import (
+    about,
     clean,
     duration,
     hint,
@@ -114,7 +115,7 @@ def _show_batch(farm: Farm, batch: BatchStatus, as_json: bool) -> None:
             ("models", ", ".join(batch.by_model) if len(batch.by_model) > 1 else None),
             ("progress", f"{share} ({done:,} of {batch.total:,})"),
             ("rate", pace(batch.rate) if batch.rate else None),
-            ("to go", f"about {duration(batch.eta_s)}" if working and batch.eta_s else None),
+            ("to go", about(batch.eta_s) if working and batch.eta_s else None),
             ("submitted", moment(batch.created_at)),
             ("started", moment(batch.started_at) if batch.started_at else None),
             ("finished", moment(batch.finished_at) if batch.done else None),

@@ -11,6 +11,7 @@ from farm.cli.context import Json, examples, settings
 from farm.cli.output import clean, hint, note, print_json
 from farm.cli.weights import hub_token
 from farm.errors import HubUnavailable, Invalid
+from farm.units import show_size
 
 if TYPE_CHECKING:
     from farm.config import Settings
@@ -174,13 +175,13 @@ def convert(
 
     def begins(*files: Path) -> None:
         for file in files:
-            note(f"reads {clean(file)}, {file.stat().st_size / 1e6:,.1f} MB")
+            note(f"reads {clean(file)}, {show_size(file.stat().st_size)}")
         note(f"converting to {wtype}; large models take minutes")
 
     made = converted(settings(), name, wtype, new=new, threads=threads, begins=begins)
     if as_json:
         print_json(made.as_dict())
-    before, after = (f"{size / 1e6:,.1f} MB" for size in (made.before, made.after))
+    before, after = map(show_size, (made.before, made.after))
     note(f"{made.name}: {before} became {after} in {made.seconds:g} s, {clean(made.path)}")
     hint(f"next: farm worker --model {made.name} --engine sdcpp")
 

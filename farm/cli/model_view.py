@@ -12,6 +12,7 @@ from farm.cli.output import Cell, clean, print_fields, print_json, print_line, p
 from farm.cli.weights import catalog_of
 from farm.config import Settings
 from farm.models.verify import locked_size
+from farm.units import show_size
 
 Entry = ModelEntry | LoraEntry
 Field = tuple[str, Cell]
@@ -130,7 +131,7 @@ def _here(entry: Entry, states: States) -> list[Field]:
     fields: list[Field] = []
     for engine, weights in _sources(entry).items():
         told = states[engine]
-        size = f", {told['bytes'] / 1e6:,.1f} MB" if told["bytes"] else ""
+        size = f", {show_size(told['bytes'])}" if told["bytes"] else ""
         origin = weights.url or ""
         if weights.repo:
             origin = f"{weights.repo} at {weights.revision or 'main'}"

@@ -21,6 +21,9 @@ _COMMAND = re.compile(
     r"\bfarm (?=(?:watch|results|status|retry|cancel|resume|up|worker|submit|prune|audit"
     r"|reconcile|dataset|schedule|provenance)\b)"
 )
+_GAP = 2  # between the columns of a table
+_TEXT = 8  # least cells of a column of texts
+_CODE = 24  # cells of what is never folded on a terminal: ids, states, error codes
 Cell = str | int | float | None
 
 
@@ -98,28 +101,59 @@ def print_table(
     if stream.isatty():
         _draw(columns, cells, stream)
         return
+    from rich.cells import cell_len
+
     head = [name.upper() for name in columns]
-    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    widths = [max(map(cell_len, column)) for column in zip(head, *cells, strict=True)]
     for row in (head, *cells):
-        padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        padded = (
+            cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)
+        )
         stream.write("  ".join(padded).rstrip() + "\n")
 
 
 def _draw(columns: Sequence[str], rows: list[list[str]], stream: IO[str]) -> None:
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for place, name in enumerate(columns):
-        numeric = all(row[place].replace(".", "").isdigit() for row in rows)
+    drawn = console(stream)
+    found = [column for column in zip(columns, *rows, strict=True) if {*column[1:]} != {"-"}]
+    widths = _widths(found, drawn.width - _GAP * (len(found) - 1))
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+    for place, ((name, *cells), width) in enumerate(zip(found, widths, strict=True)):
+        numeric = all(cell.replace(".", "").isdigit() for cell in cells)
         table.add_column(
             name,
-            justify="right" if rows and numeric else "left",
+            justify="right" if cells and numeric else "left",
             overflow="fold",
             no_wrap=place == 0,
+            width=width,
         )
-    for row in rows:
+    for row in zip(*(cells for _, *cells in found), strict=True):
         table.add_row(*row)
-    console(stream).print(table)
+    drawn.print(table)
+
+
+def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int] | list[None]:
+    """Of each column, so that only texts are folded, between words; None: there is no room."""
+    from rich.cells import cell_len
+
+    whole = [max(map(cell_len, column)) for column in columns]
+    least = [
+        width if width <= _CODE or not place else _longest_word(column)
+        for place, (column, width) in enumerate(zip(columns, whole, strict=True))
+    ]
+    spare, wanted = room - sum(least), sum(whole) - sum(least)
+    if spare < 0:
+        return [None] * len(columns)
+    share = min(1.0, spare / wanted) if wanted else 0.0
+    return [low + int((high - low) * share) for low, high in zip(least, whole, strict=True)]
+
+
+def _longest_word(texts: Iterable[str]) -> int:
+    """Cells of it; a longer one than a code, such as a path, may be folded."""
+    from rich.cells import cell_len
+
+    return max(n for n in (_TEXT, *map(cell_len, " ".join(texts).split())) if n <= _CODE)
 
 
 def print_fields(pairs: Iterable[tuple[str, Cell]]) -> None:
@@ -159,6 +193,11 @@ def duration(seconds: float | None) -> str:
     if whole < 86400:
         return f"{whole // 3600} h {whole % 3600 // 60:02} min"
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def about(seconds: float) -> str:
+    """An estimate: `about 12 s`, `less than a second`."""
+    return "less than a second" if seconds < 1 else f"about {duration(seconds)}"
 
 
 def pace(rate: float | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -68,6 +68,7 @@ def change(
     max_running: Annotated[
         int | None, typer.Option(min=0, help="Further jobs wait; 0 stops the owner.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Set an owner's limits; one that is not given stays as it was."""
     from farm.store import owners
@@ -81,6 +82,9 @@ def change(
         if max_running is not None:
             limits = replace(limits, max_running=max_running)
         owners.set_limits(connection, name, limits)
+    if as_json:
+        print_json({"owner": name, **asdict(limits)})
+        return
     told = [
         f"{'any number of' if most is None else format(most, ',')} jobs {what}"
         for most, what in ((limits.max_queued, "queued"), (limits.max_running, "running"))
@@ -90,12 +94,16 @@ def change(
 
 
 @owner.command("unset", epilog=examples("farm owner unset alice"))
-def unset(name: Name) -> None:
+def unset(name: Name, as_json: Json = False) -> None:
     """Take an owner's own limits away; those of '*' hold again, if there are any."""
     from farm.store import owners
 
     with open_farm() as farm, farm.db.write() as connection:
         owners.set_limits(connection, name, None)
+        limits = owners.limits_of(connection, name)
+    if as_json:
+        print_json({"owner": name, **asdict(limits)})
+        return
     note(f"{short(name) or repr('')} has no limits of their own")
 
 

@@ -99,6 +99,9 @@ def list_tokens(as_json: Json = False) -> None:
     if as_json:
         print_json([one.as_dict() for one in found])
         return
+    if not found:
+        hint("no token yet; make one: farm token create NAME")
+        return
     rows = [
         (
             one.id,
@@ -115,12 +118,18 @@ def list_tokens(as_json: Json = False) -> None:
 
 
 @token.command("revoke", epilog=examples("farm token revoke 771be64c86f0"))
-def revoke(token_id: Annotated[str, typer.Argument(metavar="TOKEN", help="Its id.")]) -> None:
+def revoke(
+    token_id: Annotated[str, typer.Argument(metavar="TOKEN", help="Its id, as `list` shows it.")],
+    as_json: Json = False,
+) -> None:
     """Let a token open nothing any more, from its next request on."""
     from farm.store import tokens
 
     with open_farm() as farm, farm.db.write() as connection:
         tokens.revoke(connection, token_id)
+    if as_json:
+        print_json({"id": token_id, "revoked": True})
+        return
     note(f"token {token_id} is revoked")
 
 

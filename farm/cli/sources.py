@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from farm.cli.context import options
 from farm.cli.output import (
+    about,
     clean,
     console,
-    duration,
     live,
     note,
     plural,
@@ -76,28 +77,33 @@ class Source:
         return farm.preview_file(self._opened, **how, **given)
 
     def submit(
-        self, farm: Farm, given: dict[str, Any], *, eager: bool, key: str | None
+        self, farm: Farm, given: dict[str, Any], *, eager: bool, key: str | None, as_json: bool
     ) -> BatchStatus:
         """Queue it, with a count that grows on a terminal."""
         bad = _LeftOut()
         with _counter() as progress:
-            options: Any = given | {"progress": progress, "eager": eager, "left_out": bad}
+            how: Any = given | {"progress": progress, "eager": eager, "left_out": bad}
             if key is not None:
-                options |= {"once": self._once(key, given), "resumed": _tell_resumed}
-                options["takeover_s"] = 0.0  # who gives the key again knows that the other is gone
-            status = self._submitted(farm, options)
-        bad.tell()
-        return status
+                how |= {"once": self._once(key, given), "resumed": _tell_resumed}
+                how["takeover_s"] = 0.0  # who gives the key again knows that the other is gone
+            try:
+                return self._submitted(farm, how)
+            except InvalidPromptFile as error:
+                if bad.shown and not as_json:  # told one by one
+                    raise InvalidPromptFile(error.message) from None
+                raise
+            finally:
+                bad.tell()
 
-    def _submitted(self, farm: Farm, options: Any) -> BatchStatus:
+    def _submitted(self, farm: Farm, how: Any) -> BatchStatus:
         """A single prompt's faults are told in one sentence."""
         from farm.spec import describe
 
         if self._file is not None:
             columns = self._columns or None
-            return farm.submit_file(self._opened, form=self._form, columns=columns, **options)
+            return farm.submit_file(self._opened, form=self._form, columns=columns, **how)
         try:
-            return farm.submit(self._template or self._prompts, **options)
+            return farm.submit(self._template or self._prompts, **how)
         except InvalidPromptFile as error:
             if len(self._prompts) > 1 or self._template or not error.errors:
                 raise
@@ -137,6 +143,10 @@ class _LeftOut:
     def __init__(self) -> None:
         self._bad = 0
 
+    @property
+    def shown(self) -> bool:
+        return bool(self._bad) and not options.quiet
+
     def __call__(self, error: RowError) -> None:
         self._bad += 1
         if self._bad <= SHOWN_ERRORS:
@@ -168,20 +178,27 @@ def show_preview(found: Preview, as_json: bool) -> None:
     if as_json:
         print_json(found.as_dict())
     else:
+        _show_jobs(found)
+    if found.bad:
+        raise InvalidPromptFile(things_wrong(found.bad), found.errors)
+
+
+def _show_jobs(found: Preview) -> None:
+    if found.total:
         models = ", ".join(f"{n:,} of {model}" for model, n in sorted(found.by_model.items()))
-        print_line(f"{plural(found.total, 'job')}: {models}" if found.total else "no job")
+        print_line(f"{plural(found.total, 'job')}: {models}")
         for sample in found.samples:
             more = {k: v for k, v in sample.items() if k not in ("prompt", "model") and v}
             told = ", ".join(f"{name} {clean(value)}" for name, value in more.items())
             print_line(f"  {short(sample['prompt'], 70)}  ({told})")
         print_line(_estimate(found))
-    if found.bad:
-        raise InvalidPromptFile(things_wrong(found.bad), found.errors)
+    elif not found.bad:
+        print_line("no job")
 
 
 def _estimate(found: Preview) -> str:
     if found.seconds is None:
         told = f"time: unknown, nothing of {', '.join(found.unknown)} was rendered here yet"
     else:
-        told = f"time: about {duration(found.seconds)} with the workers of now"
+        told = f"time: {about(found.seconds)} with the workers of now"
     return told + (f"; pictures: about {show_size(found.size_bytes)}" if found.size_bytes else "")

@@ -93,7 +93,10 @@ def submit(
         Path | None,
         typer.Option(metavar="DIR", help="Wait, then download the pictures into DIR."),
     ] = None,
-    model: Annotated[str | None, _job("--model", "-m", help="See `farm models`.")] = None,
+    model: Annotated[
+        str | None,
+        _job("--model", "-m", help="Of `farm models`; default: the one with workers, or shapes."),
+    ] = None,
     negative_prompt: Annotated[
         str | None, _job("--negative-prompt", help="What not to render.")
     ] = None,
@@ -221,7 +224,7 @@ def submit(
         if dry_run:
             show_preview(source.preview(farm, params | about), as_json)
             return
-        status = source.submit(farm, params | about, eager=eager, key=key)
+        status = source.submit(farm, params | about, eager=eager, key=key, as_json=as_json)
         _tell(farm, status, wait=wait or out is not None, out=out, as_json=as_json)
 
 

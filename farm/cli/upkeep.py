@@ -14,6 +14,7 @@ import typer
 from farm.cli.context import BATCH_HELP, Json, examples, open_farm
 from farm.cli.output import clean, hint, live, note, plural, print_json, print_line, print_table
 from farm.errors import Invalid
+from farm.units import show_size
 
 if TYPE_CHECKING:
     from farm.audit import Audited
@@ -98,7 +99,7 @@ def _tell(told: Audited) -> None:
     more = told.wrong.total() - len(told.findings)
     if more:
         note(f"and {more:,} more; --json counts them by kind")
-    read = f", {told.bytes / 1e6:,.1f} MB read" if told.bytes else ""
+    read = f", {show_size(told.bytes)} read" if told.bytes else ""
     looked = f"{plural(told.pictures, 'picture')} of {plural(told.batches, 'batch')}{read}"
     if told.ok:
         note(f"all is well: {looked}, {plural(told.objects, 'object')} listed")

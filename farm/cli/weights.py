@@ -12,6 +12,7 @@ import typer
 from farm.cli.context import Json, examples, settings
 from farm.cli.output import clean, note, plural, print_json, print_line
 from farm.errors import Invalid
+from farm.units import show_size
 
 if TYPE_CHECKING:
     from farm.catalog import Catalog, Lane, LoraEntry, ModelEntry
@@ -117,7 +118,7 @@ def fetch(
         done.append(found.as_dict())
         if not as_json:
             print_line(clean(found.path))
-        told = f"{plural(found.files, 'file')}, {found.size / 1e6:,.1f} MB"
+        told = f"{plural(found.files, 'file')}, {show_size(found.size)}"
         note(f"{lane_title(lane)}: {found.state}, {told}")
     if as_json:
         print_json({"fetched": done})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from rich.cells import cell_len
 from typer.main import get_command
 
 import farm.cli
@@ -256,6 +258,27 @@ def test_a_home_that_cannot_be_made(run: Run, tmp_path: Path) -> None:
     assert ran.code == 1
     assert ran.err.startswith("error: ")
     assert len(ran.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("more", [(), ("-q",)])
+def test_bad_rows_alone_are_told_once(run: Run, tmp_path: Path, more: tuple[str, ...]) -> None:
+    (tmp_path / "b.jsonl").write_text('{"prompt": ""}\n')
+    ran = run(*more, "submit", "--file", "b.jsonl", "--eager")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.count("line 1: prompt: ") == 1
+    dry = run("submit", "--file", "b.jsonl", "--dry-run")
+    assert (dry.code, dry.out) == (2, "")
+    assert dry.err.count("line 1: prompt: ") == 1
+
+
+def test_tokens_are_none_are_made_and_revoked(run: Run) -> None:
+    none = run("token", "list")
+    assert (none.out, none.err) == ("", "no token yet; make one: farm token create NAME\n")
+    made = run("token", "create", "laptop", "--json").json()
+    assert made["id"] in run("token", "list").out
+    assert run("token", "revoke", made["id"], "--json").json() == {
+        "id": made["id"], "revoked": True,
+    }  # fmt: skip
 
 
 def test_a_file_where_pictures_should_go(run: Run, tmp_path: Path) -> None:
@@ -642,7 +665,44 @@ def test_pace(rate: float | None, text: str) -> None:
     assert output.pace(rate) == text
 
 
+def test_about() -> None:
+    assert [output.about(seconds) for seconds in (0, 0.9, 12)] == [
+        "less than a second", "less than a second", "about 12 s",
+    ]  # fmt: skip
+
+
 def test_clean() -> None:
     assert output.clean("a\nb\x1b[31m\u202e") == "a\\nb\\x1b[31m\\u202e"
     assert output.clean("héllo 画 👩‍🎨") == "héllo 画 👩‍🎨"
     assert output.short("x" * 100, 10) == "x" * 9 + "…"
+
+
+def table(columns: tuple[str, ...], rows: list[tuple[str | None, ...]]) -> list[str]:
+    """Its lines on a terminal of COLUMNS cells, without colours."""
+    screen = Terminal()
+    output.print_table(columns, rows, screen)
+    return re.sub(r"\x1b\[[\d;]*m", "", screen.getvalue()).splitlines()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_table_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    prompt, why = "a red circle on a blue background", "ERR_RENDER_FAILED: the picture is uniform"
+    row = ("1m8b298c47nwh16n/0", "succeeded", "diffusers", None, prompt, why)
+    head, first, *more = table(("job", "state", "engine", "took", "prompt", "what"), [row])
+    assert head.split() == ["job", "state", "engine", "prompt", "what"], "no empty column"
+    assert first.startswith("1m8b298c47nwh16n/0  succeeded  diffusers  a red")
+    assert "ERR_RENDER_FAILED:" in first
+    words = {word for line in (first, *more) for word in line.split()}
+    assert {*prompt.split(), *why.split()} <= words, "no word is folded"
+    assert max(map(cell_len, (head, first, *more))) <= 80
+
+
+def test_wide_characters_push_no_column(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_table(("prompt", "what"), [("赤い円", "x"), ("a circle", "y")])
+    assert capsys.readouterr().out == "PROMPT    WHAT\n赤い円    x\na circle  y\n"

@@ -31,7 +31,14 @@ def test_limits_are_set_kept_shown_and_taken_away(
     assert "alice may have 10 jobs queued and 2 jobs running" in capsys.readouterr().err
     alice = listed(tmp_path, capsys)["alice"]
     assert (alice["max_queued"], alice["max_running"], alice["queued"]) == (10, 2, 0)
-    assert run(tmp_path, "owner", "unset", "alice") == 0
+    told = {}
+    for args in (("set", "*", "--max-running", "9"), ("unset", "alice"), ("unset", "*")):
+        assert run(tmp_path, "owner", *args, "--json") == 0
+        told[args[:2]] = json.loads(capsys.readouterr().out)
+    everyone = {"max_queued": None, "max_running": 9}
+    assert told["set", "*"] == {"owner": "*", **everyone}
+    assert told["unset", "alice"] == {"owner": "alice", **everyone}, "what holds now"
+    assert told["unset", "*"] == {"owner": "*", "max_queued": None, "max_running": None}
     assert listed(tmp_path, capsys) == {}
     assert run(tmp_path, "owner", "set", "alice") == 2
 

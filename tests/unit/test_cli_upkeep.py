@@ -12,6 +12,7 @@ import pytest
 from farm.audit import Audited
 from farm.blobs import BlobStore
 from farm.service import Farm
+from farm.units import show_size
 from tests.cli_kit import Run, command_line
 from tests.gallery_kit import Gallery
 from tests.store_kit import spec
@@ -39,7 +40,8 @@ def test_all_is_well(run: Run, shop: Gallery) -> None:
     batch_id = shop.rendered("a", "bb", "ccc")
     code, out, err = run("audit")
     assert (code, out) == (0, "")
-    assert "all is well: 3 pictures of 1 batch, 0.0 MB read, 3 objects listed" in err
+    size = show_size(sum(found.size for found in shop.blobs.list("pictures/")))
+    assert f"all is well: 3 pictures of 1 batch, {size} read, 3 objects listed" in err
     code, out, _ = run("audit", batch_id, "--quick", "--json")
     told = json.loads(out)
     assert code == 0

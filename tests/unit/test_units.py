@@ -34,3 +34,10 @@ def test_what_is_no_size(text: str) -> None:
 
 def test_shown() -> None:
     assert [show_size(n) for n in (24 * 2**30, 8 * 10**9, 2**29)] == ["25.8 GB", "8 GB", "537 MB"]
+    assert [show_size(n) for n in (0, 999, 39_100, 10**6 - 1)] == [
+        "0 B",
+        "999 B",
+        "39.1 kB",
+        "1 MB",
+    ]
+    assert [show_size(n) for n in (10**9 - 1, 25 * 10**11)] == ["1 GB", "2.5 TB"]
