@@ -115,10 +115,11 @@ def show(pictures: Pictures, trust: Trust = None, as_json: Json = False) -> None
 
 
 def _show(name: str, mark: Mark) -> None:
+    parameters = enumerate((mark.parameters or "").splitlines())
     print_fields(
         (
             ("picture", name),
-            ("parameters", mark.parameters),
+            *(("" if n else "parameters", line) for n, line in parameters),
             ("source type", mark.source_type),
             ("C2PA", f"{mark.c2pa}: {mark.fault}" if mark.fault else mark.c2pa),
             ("codes", ", ".join(mark.codes)),

@@ -257,7 +257,7 @@ def _past(run: Run, name: str) -> tuple[Cell, ...]:
     took = None
     if run.started_at and run.finished_at:
         took = duration(run.finished_at - run.started_at)
-    return name, run.kind, run.state, took, run.batch_id, short(run.why.strip(), 80)
+    return name, run.kind, run.state, took, run.batch_id, short(" ".join(run.why.split()), 80)
 
 
 def _change(name: str, change: Any, as_json: bool, told: str) -> None:
