@@ -625,6 +625,8 @@ def test_config_shows_every_setting_and_no_secret(
     assert settings["tick_s"] == {"value": 1.0, "env": "FARM_TICK_S", "set": False}
     for name in Settings.model_fields:
         assert f"FARM_{name.upper()}" in shown.out
+    assert re.search(r"^FARM_S3_PATH_STYLE +true ", shown.out, re.MULTILINE), "as TOML has it"
+    assert re.search(r"^FARM_HUB_HOSTS +\[\] ", shown.out, re.MULTILINE)
 
 
 def test_home_goes_before_the_environment(run: Run, tmp_path: Path) -> None:
