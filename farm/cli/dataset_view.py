@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from farm.cli.follow import Pace, bars, sentence, tell_unserved
 from farm.cli.output import (
+    about,
     clean,
     duration,
     hint,
@@ -162,9 +163,9 @@ def show_plan(told: Plan) -> None:
     models = ", ".join(f"{n:,} of {model}" for model, n in sorted(told.by_model.items()))
     time_told = "nothing is left to render"
     if told.to_render:
-        time_told = f"about {duration(told.seconds)} with the workers of now"
-        if told.seconds is None:
-            time_told = f"unknown: nothing of {', '.join(told.by_model)} was rendered here yet"
+        time_told = f"unknown: nothing of {', '.join(told.by_model)} was rendered here yet"
+        if told.seconds is not None:
+            time_told = f"{about(told.seconds)} with the workers of now"
     print_fields(
         [
             ("dataset", f"{told.name} {told.label}".strip()),

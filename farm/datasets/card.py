@@ -135,13 +135,13 @@ def _contents(about: About) -> str:
     sizes = ", ".join(f"{size} ({n:,})" for size, n in sorted(about.sizes.items()))
     counts = ", ".join(f"{n:,} {one_line(name)}" for name, n in about.counts.items() if n)
     lines = [
-        f"- {about.rows:,} pictures with their prompts and parameters, in {about.shards:,} shards",
+        f"- {_n(about.rows, 'picture')} with prompt and parameters, in {_n(about.shards, 'shard')}",
         *([f"- of all rows: {counts}"] if counts else []),
         *([f"- sizes in pixels: {sizes}"] if sizes else []),
     ]
     for form in about.formats:
         files, size = about.files.get(form, (0, 0))
-        lines.append(f"- `{_PLACES[form]}`: {files:,} files, {size:,} bytes")
+        lines.append(f"- `{_PLACES[form]}`: {_n(files, 'file')}, {size:,} bytes")
     lines.append(
         "- `manifest.json`: every file with its SHA-256; `stats/`: one file a shard; "
         "`croissant.json`: [Croissant](https://docs.mlcommons.org/croissant/) metadata; "
@@ -186,3 +186,7 @@ def _licence(section: CardSection) -> str:
         f"The dataset: {plain(section.licence)}{link}. The licences of the models above may "
         "ask more of those who use the pictures.\n"
     )
+
+
+def _n(n: int, one: str) -> str:
+    return f"{n:,} {one}" if n == 1 else f"{n:,} {one}s"

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from farm import faults
 from farm.blobs import BlobStore
 from farm.datasets.stats import MANIFEST, OWN, Count, File, Stats, hash_of, read_json, read_stats
 from farm.errors import BlobDamaged, NotFound
@@ -67,7 +68,7 @@ def manifest_of(place: BlobStore, where: str) -> Manifest:
         return Manifest.model_validate(found)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        what = faults.sentence(first, MANIFEST)
         raise BlobDamaged(f"{where}: {MANIFEST} is none that a run writes: {what}") from None
 
 
