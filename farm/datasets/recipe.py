@@ -51,6 +51,7 @@ from farm.templates import Template, parse_list
 MAX_BYTES = 16 * 2**20
 MAX_COMBINATIONS = 1_000  # of the values that each row is rendered with
 MAX_SHARD = 1_000_000
+_SEEDS = 2  # raised when rows have other seeds than before
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 
 
@@ -229,7 +230,7 @@ class Recipe(Section):
         template, file = self.template, self.prompt_file
         lists = {n: _mark(values) for n, values in template.lists.items()} if template else {}
         told |= {"label": label, "lists": lists, "file": file and _sha256(file)}
-        text = json.dumps(told | {"defaults": defaults or {}}, sort_keys=True)
+        text = json.dumps(told | {"defaults": defaults or {}, "seeds": _SEEDS}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -20,6 +20,7 @@ from typing import Any
 
 from farm.blobs import BlobStore
 from farm.datasets import finish
+from farm.datasets.alone import alone
 from farm.datasets.batches import CHANGED, Batches, Tell, asked, patiently
 from farm.datasets.outcome import ACCEPTED, CANCELLED, FAILED, REJECTED, STATES, Outcome
 from farm.datasets.place import open_place, take
@@ -105,13 +106,11 @@ def run(
     InvalidPromptFile with the bad rows, InvalidConfig when another dataset lies in its place,
     StorageRefused, and BlobNotFound or BlobDamaged for a lost picture.
     """
-    place = open_place(recipe.place(label), farm.settings)
+    where = recipe.place(label)
     priority = recipe.priority if priority is None else priority
     batches = Batches(farm, recipe, label, priority, redrive, tell)
-    try:
-        return _Run(farm, recipe, label, place, batches, redrive, tell).run()
-    finally:
-        place.close()
+    with closing(open_place(where, farm.settings)) as place, alone(farm.db, where, tell) as check:
+        return _Run(farm, recipe, label, place, batches, redrive, tell, check).run()
 
 
 def day(at: float) -> str:
@@ -133,9 +132,10 @@ class _Run:
         batches: Batches,
         redrive: bool,
         tell: Tell,
+        check: Callable[[], None],
     ) -> None:
         self._farm, self._recipe, self._label, self._place = farm, recipe, label, place
-        self._batches, self._redrive, self._tell = batches, redrive, tell
+        self._batches, self._redrive, self._tell, self._check = batches, redrive, tell, check
         self._shards = Shards(place, self._fetch, recipe)
         self._lost: dict[str, Job] = {}
         self._anew: set[str] = set()
@@ -201,6 +201,7 @@ class _Run:
             return clock(connection)
 
     def _finish(self, batch: BatchStatus, contents: finish.Contents) -> None:
+        self._check()
         run = finish.Made(self._label, batch.id, day(batch.created_at))
         finish.finish(self._place, self._farm.catalog, self._recipe, contents, run)
 
@@ -224,6 +225,7 @@ class _Run:
         former = patiently(lambda: self._shards.stats(shard), self._tell)
         first = shard * self._recipe.shard_size
         outcomes, measures = self._settler.settle(first, rows, jobs, former)
+        self._check()
         complete = partial(self._shards.complete, former, outcomes, measures)
         kept = patiently(complete, self._tell)
         stats = kept or patiently(lambda: self._shards.write(shard, outcomes, measures), self._tell)

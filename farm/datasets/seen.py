@@ -31,6 +31,14 @@ class Seen:
             self._grow()
         return True
 
+    def count(self, mark: int) -> int:
+        """How often the mark was counted before. A `Seen` that counts tells no rows."""
+        if self.add(mark, 0):
+            return 0
+        place = self._place(mark)
+        self._rows[place] += 1
+        return self._rows[place] - 1
+
     def _place(self, mark: int) -> int:
         """Where the mark is, or will be."""
         last = len(self._rows) - 1

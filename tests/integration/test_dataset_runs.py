@@ -8,6 +8,7 @@ import random
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from farm.errors import (
 from farm.service import Farm
 from farm.store.ids import JobRef
 from farm.store.tables import jobs as jobs_table
+from farm.store.tables import leases as leases_table
+from tests.farm_kit import until
 from tests.recipe_kit import Quiet, recipe, shard_hashes
 from tests.runner_kit import LoneRunner, NoBroker
 
@@ -305,6 +308,55 @@ def test_bad_rows_queue_nothing(
     with pytest.raises(Invalid):
         plan(idle.farm, recipe(tmp_path / "sets", **told))
     assert idle.farm.batches() == []
+
+
+# ---- one at a time
+
+
+class Hearing(Quiet):
+    """Tells when a word is said."""
+
+    def __init__(self, word: str) -> None:
+        super().__init__()
+        self._word, self.heard = word, threading.Event()
+
+    def trouble(self, text: str) -> None:
+        if self._word in text:
+            self.heard.set()
+
+
+def test_a_second_run_waits_for_the_first(idle: LoneRunner, tmp_path: Path) -> None:
+    (tmp_path / "fragile").write_text("thing 3")
+    told = recipe(tmp_path / "sets", **SMALL)
+    first, second = Hearing(""), Hearing("another run writes to")
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(run, idle.farm, told, tell=first)
+        until(lambda: idle.farm.batches(), 20)
+        other = pool.submit(run, idle.farm, told, redrive=True, tell=second)
+        assert second.heard.wait(20)
+        assert not other.done()
+        with idle.working():
+            assert one.result(60).counts["failed"] == 1
+            (tmp_path / "fragile").unlink()
+            made = other.result(60)
+    assert (made.counts["accepted"], made.written, made.kept) == (12, 1, 2)
+    assert whole(idle, made)
+
+
+def test_a_run_that_lost_its_place_writes_no_more(
+    idle: LoneRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("farm.datasets.alone.RENEW_S", 0.02)
+    told = recipe(tmp_path / "sets", **SMALL)
+    with ThreadPoolExecutor(1) as pool:
+        one = pool.submit(run, idle.farm, told, tell=Quiet())
+        until(lambda: idle.farm.batches(), 20)
+        with idle.farm.db.write() as connection:
+            connection.execute(update(leases_table).values(holder="x", expires_at=2.0**40))
+        until(lambda: not any(t.name == "dataset-lease" for t in threading.enumerate()), 20)
+        with idle.working(), pytest.raises(Invalid, match="taken over"):
+            one.result(60)
+    assert not list((tmp_path / "sets" / "out").glob("webdataset/*"))
 
 
 # ---- what befalls a run

@@ -14,19 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farm.datasets.gates import MAX_ATTEMPTS
-from farm.datasets.recipe import MAX_COMBINATIONS
-from farm.datasets.rows import Planned, Seeds, planned
+from farm.datasets.rows import Place, Planned, Seeds, planned
 from farm.errors import InvalidConfig, RowError
 from farm.prompts import MAX_PICTURES
 from farm.spec import MAX_SEED
 from tests.recipe_kit import recipe
 
-Place = tuple[int, int, int]
 Rows = list[dict[str, Any]]
-PLACES = st.tuples(
-    st.integers(0, 10**8), st.integers(0, MAX_COMBINATIONS - 1), st.integers(0, MAX_PICTURES - 1)
-)
-TRIES = st.tuples(PLACES, st.integers(0, MAX_ATTEMPTS - 1))
+MARKS = st.integers(0, 2**64 - 1)
+TRIES = st.tuples(st.integers(0, MAX_PICTURES - 1), st.integers(0, MAX_ATTEMPTS - 1))
 
 
 def rows(folder: Path, label: str = "", **told: Any) -> list[Planned]:
@@ -52,15 +48,65 @@ def seeds_of(some: Iterable[Planned]) -> dict[str, int]:
 # ---- seeds
 
 
-@given(st.lists(TRIES, min_size=2, max_size=200, unique=True))
-def test_no_two_rows_and_no_two_attempts_share_a_seed(
-    tmp_path_factory: pytest.TempPathFactory, tries: list[tuple[Place, int]]
+@given(MARKS, MARKS, st.lists(TRIES, min_size=2, max_size=200, unique=True))
+def test_no_two_pictures_and_no_two_attempts_at_a_prompt_share_a_seed(
+    tmp_path_factory: pytest.TempPathFactory,
+    prompt: int,
+    combination: int,
+    tries: list[tuple[int, int]],
 ) -> None:
     seeds = Seeds(recipe(tmp_path_factory.getbasetemp()), "")
-    found = {seeds.of(place, attempt) for place, attempt in tries}
+    found = {seeds.of(Place(prompt, combination, n), attempt) for n, attempt in tries}
     assert len(found) == len(tries)
     assert min(found) >= 0
     assert max(found) <= MAX_SEED
+
+
+def test_no_two_rows_share_a_seed(tmp_path: Path) -> None:
+    params = {"model": "fake-fast", "steps": {"each": [4, 8]}}
+    prompts = {"template": "{x} of {y}", "lists": {"x": "1..100", "y": ["a"] * 50}}
+    found = [
+        one.fields["seed"] for one in rows(tmp_path, prompts=prompts, params=params, pictures=2)
+    ]
+    assert len(set(found)) == len(found) == 20_000, "though each prompt stands fifty times"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: lines.insert(0, {"prompt": "new"}),
+        lambda lines: lines.pop(0),
+        lambda lines: lines.reverse(),
+        lambda lines: lines.insert(7, {"prompt": "p3"}),
+    ],
+    ids=["inserted", "removed", "moved", "again"],
+)
+def test_a_seed_follows_its_prompt_wherever_it_stands(tmp_path: Path, change: Any) -> None:
+    lines = [{"prompt": f"p{n}", "width": 64 + 8 * (n % 2)} for n in range(20)]
+    drawn = {"model": "fake-fast", "steps": {"uniform": [1, 10**9]}}
+    told: Any = {"prompts": {"file": "p.jsonl"}, "params": drawn, "pictures": 2}
+
+    def every() -> set[tuple[Any, ...]]:
+        jsonl(tmp_path, lines)
+        found = [one.fields for one in rows(tmp_path, **told)]
+        return {(one["prompt"], one["seed"], one["steps"]) for one in found}
+
+    before = every()
+    change(lines)
+    after, kept = every(), {line["prompt"] for line in lines}
+    assert {one for one in before if one[0] in kept} <= after
+    assert len(after) == 2 * len(lines)
+
+
+def test_a_value_that_is_added_leaves_the_other_rows_seeds(tmp_path: Path) -> None:
+    def every(colours: list[str], steps: list[int]) -> dict[tuple[Any, ...], int]:
+        prompts = {"template": "a {c} {s}", "lists": {"c": colours, "s": ["ball", "box"]}}
+        params = {"model": "fake-fast", "steps": {"each": steps}}
+        found = rows(tmp_path, prompts=prompts, params=params)
+        return {(one.fields["prompt"], one.fields["steps"]): one.fields["seed"] for one in found}
+
+    few = every(["red", "blue"], [4, 8])
+    assert few.items() < every(["green", "red", "blue"], [2, 4, 8]).items()
 
 
 def test_rows_that_are_added_leave_the_others_seeds(tmp_path: Path) -> None:
@@ -74,7 +120,7 @@ def test_rows_that_are_added_leave_the_others_seeds(tmp_path: Path) -> None:
     assert few.items() < seeds_of(rows(tmp_path, prompts=file)).items()
     more = rows(tmp_path, prompts=file, pictures=3)
     assert len({one.fields["seed"] for one in more}) == 60
-    firsts = [one for one in more if one.place[2] == 0]
+    firsts = [one for one in more if one.place.picture == 0]
     assert seeds_of(firsts) == seeds_of(rows(tmp_path, prompts=file))
 
 
@@ -104,7 +150,7 @@ def test_explicit_seeds_count_up_with_pictures(tmp_path: Path) -> None:
 def test_each_row_is_combined_with_every_value_of_each(tmp_path: Path) -> None:
     params = {"model": "fake-fast", "steps": {"each": [4, 8]}, "format": {"each": ["png", "webp"]}}
     found = rows(tmp_path, params=params, pictures=2, filters={"limit": 2})
-    told = [(one.fields["steps"], one.fields["format"], one.place[2]) for one in found]
+    told = [(one.fields["steps"], one.fields["format"], one.place.picture) for one in found]
     assert told == [*product([4, 8], ["png", "webp"], [0, 1])] * 2
     assert len({one.fields["seed"] for one in found}) == len(found) == 16
 
