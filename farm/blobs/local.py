@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
-import tempfile
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,11 +25,11 @@ from farm.blobs import (
     is_key,
     probe,
 )
+from farm.blobs.aside import aside
 from farm.errors import BlobNotFound, StorageRefused, StorageUnavailable
 
 _TEMPORARY = ".tmp-"  # no key starts with a dot
 _ASIDE = ".tmp-aside-"
-ASIDE_S = 24 * 3600  # what a killed process left aside goes after so long
 MOST_TRIES = 100  # to write into a directory that others remove as empty
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -80,9 +77,8 @@ class LocalBlobs:
     def aside(self) -> Iterator[Path]:
         with self._faults("write"):
             _make_directory(self._real_root)
-            _remove_left(self._real_root)
-            with tempfile.TemporaryDirectory(prefix=_ASIDE, dir=self._real_root) as folder:
-                yield Path(folder)
+            with aside(self._real_root, _ASIDE) as folder:
+                yield folder
 
     def _put(self, key: str, pieces: Iterable[bytes]) -> None:
         path = self._path(key)
@@ -316,14 +312,6 @@ def _make_directory(directory: Path) -> None:
         _make_directory(directory.parent)
         directory.mkdir(exist_ok=True)
         _sync_directory(directory.parent)
-
-
-def _remove_left(root: Path) -> None:
-    """What was left aside by processes that were killed."""
-    for folder in root.glob(f"{_ASIDE}*"):
-        with suppress(FileNotFoundError):
-            if folder.stat().st_mtime < time.time() - ASIDE_S:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -26,6 +26,7 @@ from farm.blobs import (
     is_key,
     probe,
 )
+from farm.blobs.aside import aside
 from farm.blobs.s3_faults import Place, fault, status_of
 from farm.errors import BlobNotFound, InvalidConfig, StorageUnavailable
 
@@ -85,8 +86,8 @@ class S3Blobs:
 
     @contextmanager
     def aside(self) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix="farm-aside-") as folder:
-            yield Path(folder)
+        with aside(Path(tempfile.gettempdir()), "farm-aside-") as folder:
+            yield folder
 
     def get(self, key: str) -> bytes:
         name = self._name(key)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,7 +20,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farm.blobs import BlobStore, check_key, local, open_blobs
+from farm.blobs import BlobStore, S3Options, check_key, local, open_blobs
+from farm.blobs.aside import OLD_S, aside
 from farm.blobs.local import LocalBlobs
 from farm.errors import StorageRefused, StorageUnavailable
 from tests.servers import poll
@@ -171,14 +174,100 @@ def test_a_disk_that_is_full_while_a_file_is_made_aside(store: BlobStore) -> Non
         raising(errno.ENOSPC)()
 
 
-def test_what_was_left_aside_by_the_killed_goes_after_a_day(store: BlobStore, root: Path) -> None:
-    left = [root / ".tmp-aside-old", root / ".tmp-aside-new"]
-    for folder in left:
+KILLED = """
+import sys, time
+from pathlib import Path
+from farm.blobs.aside import aside
+with aside(Path(sys.argv[1]), sys.argv[2]) as folder:
+    (folder / "shard").write_bytes(b"half")
+    print(folder, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_what_the_killed_left_aside_goes_with_the_next(
+    kind: str, store: BlobStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not while whoever made it lives."""
+    root.mkdir()
+    if kind == "s3":
+        monkeypatch.setattr("tempfile.tempdir", str(root))
+        store = open_blobs("s3://bucket", s3=S3Options(region="eu-west-1"))
+    prefix = ".tmp-aside-" if kind == "local" else "farm-aside-"
+    other = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(root), prefix], stdout=subprocess.PIPE, text=True
+    )
+    with other:
+        assert other.stdout
+        left = Path(other.stdout.readline().strip())
+        with store.aside() as mine:
+            assert left.is_dir()
+            other.kill()
+            other.wait()
+            with store.aside():
+                assert not left.exists()
+            assert mine.is_dir()
+    assert list(root.iterdir()) == []
+
+
+def test_where_no_lock_tells_age_does(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new, others = (root / f".tmp-aside-{name}" for name in ("old", "new", "others"))
+    for folder in (old, new, others):
         folder.mkdir(parents=True)
         (folder / "shard").write_bytes(b"half")
-    os.utime(left[0], (0, time.time() - local.ASIDE_S - 60))
-    with store.aside():
-        assert [folder.exists() for folder in left] == [False, True]
+    (root / ".tmp-aside-file").write_bytes(b"no folder")
+    (root / ".tmp-aside-link").symlink_to(others)
+    (others / ".lock").touch()
+    past = time.time() - OLD_S - 60
+    os.utime(old, (past, past))
+    os.utime(root / ".tmp-aside-file", (past, past))
+    with aside(root, ".tmp-aside-"):
+        assert [one.exists() for one in (old, new, others)] == [False, True, True]
+    os.utime(others, (past, past))
+    with (others / ".lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with aside(root, ".tmp-aside-"):
+            assert others.exists(), "its lock is seen here"
+    monkeypatch.setattr(fcntl, "flock", raising(errno.ENOLCK))
+    with aside(root, ".tmp-aside-") as mine, aside(root, ".tmp-aside-"):
+        assert mine.exists()
+        assert not others.exists()
+    assert {one.name for one in root.iterdir()} == {
+        ".tmp-aside-new", ".tmp-aside-file", ".tmp-aside-link",
+    }  # fmt: skip
+
+
+def test_a_folder_that_was_taken_for_left_over_is_made_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process came between its making and its lock."""
+    root.mkdir()
+    flock, taken = fcntl.flock, []
+
+    def too_late(descriptor: int, how: int) -> None:
+        if not taken:
+            [folder] = root.iterdir()
+            taken.append(folder)
+            shutil.rmtree(folder)
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", too_late)
+    with aside(root, ".tmp-aside-") as folder:
+        assert folder.is_dir()
+        assert folder not in taken
+
+
+def test_many_aside_at_once_leave_each_other_alone(store: BlobStore, root: Path) -> None:
+    def use(number: int) -> bytes:
+        with store.aside() as folder:
+            (folder / "file").write_bytes(b"%d" % number)
+            store.put_files([(f"a/{number}", folder / "file", "text/plain")])
+        return store.get(f"a/{number}")
+
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(use, range(200))) == [b"%d" % number for number in range(200)]
+    assert [one.name for one in root.iterdir()] == ["a"]
 
 
 def test_a_disk_that_breaks_while_it_is_read(
