@@ -96,7 +96,7 @@ class FarmKit:
         return self.run("-m", "farm", "dispatcher", name="dispatcher")
 
     def worker(
-        self, model: str = "fake-one", engine: str = "fake", *flags: str, wait_s: float = 60.0
+        self, model: str = "fake-one", engine: str = "fake", *flags: str, wait_s: float = 180.0
     ) -> subprocess.Popen[bytes]:
         """A worker whose session is open."""
         args = ("--model", model, "--engine", engine, *flags)

@@ -75,7 +75,7 @@ class Mixed(NamedTuple):
 
     def done(self, batch_id: str) -> list[Job]:
         """The jobs of a batch, all succeeded: each on the engine that its picture names too."""
-        status = self.farm.wait(batch_id, 240)
+        status = self.farm.wait(batch_id, 600)
         assert status.counts["succeeded"] == status.total, self.up.text()
         pictures = list(self.farm.pictures(batch_id))
         assert len(pictures) == status.total

@@ -34,8 +34,8 @@ from workers.child import Child
 from workers.engine import EngineConfig
 from workers.messages import Cap, Event, Failed, GivenBack, Progress, Rendered, Shipped, Started
 
-SOON_S = 1.0
-"""What must come at once comes within this, also on a busy machine."""
+SOON_S = 10.0
+"""What must come at once comes within this, also on a busy machine; else it takes a minute."""
 
 Make = Callable[..., Child]
 
@@ -202,7 +202,7 @@ def test_out_of_memory_in_strict_mode_counts_the_padding(make: Make) -> None:
 def test_a_cancelled_job_leaves_the_others_of_its_micro_batch(make: Make) -> None:
     child = make(micro_batch=2, seconds_per_step=0.05)
     events: list[Event] = []
-    for event in child.render([spec(seed=n, steps=4) for n in range(4)]):
+    for event in child.render([spec(seed=n, steps=20) for n in range(4)]):
         if isinstance(event, Started):
             child.cancel([1, 2])
         events.append(event)
@@ -232,7 +232,7 @@ def test_a_wholly_cancelled_micro_batch_stops_between_steps(make: Make) -> None:
 def test_stop_gives_back_what_is_not_begun(make: Make) -> None:
     child = make(micro_batch=2, seconds_per_step=0.05)
     events: list[Event] = []
-    for event in child.render([spec(seed=n, steps=4) for n in range(6)]):
+    for event in child.render([spec(seed=n, steps=20) for n in range(6)]):
         if isinstance(event, Started):
             child.stop_after_current()
         events.append(event)
@@ -290,7 +290,7 @@ def test_an_uninterruptible_render_is_cancelled_by_a_new_process(make: Make) -> 
 def test_a_wanted_neighbour_keeps_an_uninterruptible_render_alive(make: Make) -> None:
     child = make(micro_batch=2, seconds_per_step=0.02, uninterruptible=True)
     first, events = child.pid, []
-    for event in child.render([spec(steps=10, seed=n) for n in range(2)]):
+    for event in child.render([spec(steps=50, seed=n) for n in range(2)]):
         if isinstance(event, Started):
             child.cancel([0])
         events.append(event)
@@ -311,12 +311,12 @@ def test_stop_and_cancel_of_an_uninterruptible_render(make: Make) -> None:
 
 
 def test_an_uninterruptible_render_given_up_does_not_hold_the_next(make: Make) -> None:
-    child = make(micro_batch=1, seconds_per_step=0.02, uninterruptible=True)
+    child = make(micro_batch=1, seconds_per_step=0.2, uninterruptible=True)
     events = child.render([spec(steps=500, seed=n) for n in range(2)])
     next(events)
     begun = time.monotonic()
     assert ends(list(child.render([spec("next")]))) == {0: "rendered"}
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30, "100 s of steps were left"
     assert list(events) == []
 
 
@@ -325,7 +325,7 @@ def test_a_crash_after_a_replacement_is_still_told(make: Make) -> None:
     events: list[Event] = []
 
     def run() -> None:
-        for event in child.render([spec(steps=20), spec("!crash", steps=20)]):
+        for event in child.render([spec(steps=50), spec("!crash", steps=50)]):
             if isinstance(event, Started) and event.ids == (0,):
                 child.cancel([0])
             events.append(event)

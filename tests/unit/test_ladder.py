@@ -137,8 +137,8 @@ def test_strict_mode_walks_the_same_ladder_with_its_padding(make: Make) -> None:
 
 # --------------------------------------------------------------- kills, stops and cancels
 def test_a_kill_on_the_ladder_loses_nothing_learnt(make: Make) -> None:
-    child = make()
-    events = child.render(jobs(2, 64))  # each needs 4 of MEMORY
+    child = make(seconds_per_step=0.05)
+    events = child.render(jobs(2, 64, steps=20))  # each needs 4 of MEMORY
     seen: list[Event] = []
 
     def until_eased() -> None:
@@ -170,9 +170,9 @@ def test_a_cancel_on_the_ladder(make: Make, uninterruptible: bool) -> None:
 
 
 def test_a_stop_on_the_ladder_gives_back(make: Make) -> None:
-    child = make()
+    child = make(seconds_per_step=0.05)
     events: list[Event] = []
-    for event in child.render(jobs(4, 64)):
+    for event in child.render(jobs(4, 64, steps=10)):
         if event == Cap(2):
             child.stop_after_current()
         events.append(event)
