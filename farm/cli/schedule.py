@@ -63,8 +63,11 @@ def add(
         bool, typer.Option("--catch-up", help="Make up for a due time when the farm was down.")
     ] = False,
     priority: Annotated[
-        int, typer.Option(help="Of its batches; larger goes first, a submit has 0.")
-    ] = -10,
+        int | None,
+        typer.Option(
+            help="Instead of the recipe's; larger goes first, a submit has 0.", show_default=False
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run a recipe whenever it is due, below all that people submit.
@@ -180,7 +183,8 @@ def show(name: Name, as_json: Json = False) -> None:
         [
             ("name", one.name), ("recipe", one.recipe), ("owner", one.owner),
             ("cron", f"{one.cron} ({one.tz})"), ("until", one.until),
-            ("priority", one.priority), ("catches up", "yes" if one.catch_up else "no"),
+            ("priority", "the recipe's" if one.priority is None else one.priority),
+            ("catches up", "yes" if one.catch_up else "no"),
             ("now", _now(one, runs)),
             *(("next due" if at == due[0] else "", _when(one, at)) for at in due),
         ]
@@ -224,11 +228,14 @@ def remove(name: Name, as_json: Json = False) -> None:
 
     with open_farm() as farm, farm.db.write() as connection:
         one = store.find(connection, name)
+        waiting = [run for run in store.open_runs(connection, one.id) if run.state == "waiting"]
         store.remove(connection, one.id)
     if as_json:
         _print(one)
-    else:
-        note(f"{one.name} is removed; its datasets are where they were")
+        return
+    note(f"{one.name} is removed; its datasets are where they were")
+    for run in waiting:
+        hint(f"its batch {run.batch_id} stays paused; farm resume or farm cancel {run.batch_id}")
 
 
 @schedule.command(

@@ -137,7 +137,8 @@ def choose(schedule: Schedule, runs: list[Run], at: float) -> tuple[Run, bool] |
         if not may_go_on(schedule, begun, at):
             return None if begun.state == "waiting" else (begun, False)
     for run in [begun] if begun else runs:
-        if may_go_on(schedule, run, at) and (run.kind == "manual" or not schedule.paused):
+        wanted = run.begun or run.kind == "manual" or not schedule.paused
+        if wanted and may_go_on(schedule, run, at):
             return run, True
     return None
 

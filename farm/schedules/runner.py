@@ -26,7 +26,6 @@ from farm.children import Child
 from farm.config import Settings
 from farm.schedules import policy
 from farm.schedules.times import label
-from farm.store import batches
 from farm.store import schedules as store
 from farm.store.db import Database
 from farm.store.schedules import Run, Schedule
@@ -236,10 +235,8 @@ class Runner:
             return
         held.renewed = time.monotonic()
         if not policy.may_go_on(schedule, run, at):
-            held.ask_to_stop()
+            held.ask_to_stop()  # its batch is paused once it is over, or by whoever finds it
             held.closed = True
-            if run.batch_id:
-                batches.set_paused(connection, run.batch_id, True)
         if held.told and time.monotonic() - held.told > self._settings.shutdown_grace_s:
             held.kill()
 

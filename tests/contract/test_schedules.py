@@ -188,6 +188,23 @@ def test_a_window_that_closed_on_a_dead_dispatchers_run(begin: Any) -> None:
     assert stage.paused(batch_id)
 
 
+def test_a_dispatcher_that_dies_while_a_window_closes_leaves_nothing_paused(begin: Any) -> None:
+    stage = begin(NOON)
+    stage.add(until="07:00")
+    stage.left["nightly", "2026-11-25t0200"] = 8 * 3600
+    runner = stage.dispatcher()
+    stage.sleep_until(moment("2026-11-25T02:00"))
+    stage.sleep_until(moment("2026-11-25T06:59"))
+    stage.sleep_until(moment("2026-11-25T07:00"))
+    (run,) = stage.runs()
+    assert (run.state, stage.alive()) == ("running", []), "its child was asked to stop just now"
+    stage.kill(runner)
+    stage.dispatcher()
+    stage.sleep_until(moment("2026-11-26T02:00"))
+    assert len(stage.alive()) == 1
+    assert not stage.paused(run.batch_id)
+
+
 # ---- holders
 
 
@@ -207,11 +224,14 @@ def test_a_killed_holders_run_is_taken_over_when_its_lease_is_over(begin: Any) -
     assert (stage.states(), stage.runs()[0].holder != holder) == (["running"], True)
 
 
-def test_a_stopped_holders_run_is_free_at_once(begin: Any) -> None:
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_stopped_holders_run_is_free_at_once(begin: Any, paused: bool) -> None:
     stage = begin(NOON)
     stage.add()
     runner = stage.dispatcher()
     stage.sleep_until(moment("2026-11-25T02:00"))
+    if paused:  # what is under way is finished all the same
+        stage.do(policy.pause)
     runner.stop()
     (run,) = stage.runs()
     assert (run.state, run.why, stage.alive()) == ("pending", "given back by its dispatcher", [])

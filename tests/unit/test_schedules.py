@@ -167,7 +167,7 @@ def test_a_schedule_from_its_beginning_to_its_end(run: Run, tmp_path: Path) -> N
     assert "fresh = true" in err
     (one,) = json.loads(run("schedule", "list", "--json")[1])
     assert one["recipe"] == str(tmp_path / "nightly.toml")
-    assert (one["priority"], one["now"], one["catch_up"]) == (-10, "idle", True)
+    assert (one["priority"], one["now"], one["catch_up"]) == (None, "idle", True)
     shown = json.loads(run("schedule", "show", "shapes", "--json")[1])
     assert len(shown["coming"]) == 5
     assert shown["coming"][0] == shown["next_due"]
