@@ -6,19 +6,23 @@ a stats file names the shard's files with theirs. So one hash stands for everyth
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from farm import faults
 from farm.blobs import BlobStore
+from farm.datasets.seen import BYTES, Seen
 from farm.datasets.stats import MANIFEST, OWN, Count, File, Stats, hash_of, read_json, read_stats
 from farm.errors import BlobDamaged, NotFound
 
 _THREADS = 4
+_AT_ONCE = 64  # files; all are waited for before the next
 
 
 class Shard(BaseModel):
@@ -33,6 +37,7 @@ class Manifest(BaseModel):
 
     name: str
     batch: str
+    recipe_sha256: str = ""
     rows: Count
     counts: dict[str, Count]
     shards: tuple[Shard, ...]
@@ -95,22 +100,37 @@ def verify(place: BlobStore, where: str) -> Verdict:
     BlobDamaged for a manifest that is none."""
     manifest = manifest_of(place, where)
     told = Verdict(manifest.name, rows=manifest.rows, shards=len(manifest.shards))
-    files, known = list(manifest.files), {MANIFEST}
-    for shard, stats in stats_of(place, manifest):
-        files += [
-            shard.stats,
-            *(map(File.model_validate, stats["files"]) if stats else shard.files),
-        ]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for file, found in zip(
-            files, pool.map(lambda f: hash_of(place, f.key), files), strict=True
-        ):
-            known.add(file.key)
-            told.files, told.bytes = told.files + 1, told.bytes + file.size
-            if found is None:
-                told.wrong.append({"key": file.key, "fault": "is missing"})
-            elif found != file.sha256:
-                told.wrong.append({"key": file.key, "fault": "is not what was written"})
+    known = Seen()
+    known.add(mark_of(MANIFEST), 0)
+    for file, found in _read(place, _named(place, manifest)):
+        known.add(mark_of(file.key), 0)
+        told.files, told.bytes = told.files + 1, told.bytes + file.size
+        if found is None:
+            told.wrong.append({"key": file.key, "fault": "is missing"})
+        elif found != file.sha256:
+            told.wrong.append({"key": file.key, "fault": "is not what was written"})
     for prefix in OWN:
-        told.extra += [one.key for one in place.list(prefix) if one.key not in known]
+        listed = (one.key for one in place.list(prefix))
+        told.extra += [key for key in listed if known.get(mark_of(key)) is None]
     return told
+
+
+def _named(place: BlobStore, manifest: Manifest) -> Iterator[File]:
+    """All files but the manifest; of a shard whose stats are damaged, those the manifest names."""
+    yield from manifest.files
+    for shard, stats in stats_of(place, manifest):
+        yield shard.stats
+        yield from map(File.model_validate, stats["files"]) if stats else shard.files
+
+
+def _read(place: BlobStore, files: Iterator[File]) -> Iterator[tuple[File, str | None]]:
+    """Each with the SHA-256 of what lies there, or None."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        while some := list(islice(files, _AT_ONCE)):
+            yield from zip(some, pool.map(lambda f: hash_of(place, f.key), some), strict=True)
+
+
+def mark_of(text: str) -> int:
+    """For a `Seen`."""
+    data = text.encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=BYTES).digest())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from farm.blobs import BlobStore, open_blobs
+from farm.blobs import BlobStat, BlobStore, open_blobs
 from farm.config import Settings
 from farm.datasets.diff import diff
 from farm.datasets.manifest import Verdict, manifest_of, verify
@@ -34,13 +36,17 @@ def put(place: BlobStore, key: str, data: bytes) -> dict[str, Any]:
 def shard(place: BlobStore, number: int, pictures: Pictures, data: bytes) -> dict[str, Any]:
     """A shard of one tar; its entry in the manifest."""
     files = [put(place, f"webdataset/train-{number:05d}.tar", data)] if data else []
+    return {"stats": put(place, stats_key(number), _stats(number, pictures, files)), "files": files}
+
+
+def _stats(number: int, pictures: Pictures, files: list[dict[str, Any]]) -> bytes:
     told = {
-        "shard": number, "content": sha(data), "made": {}, "rows": [0, len(pictures)],
+        "shard": number, "content": sha(""), "made": {}, "rows": [0, len(pictures)],
         "counts": {"accepted": len(pictures)}, "tries": {}, "failed": {}, "pictures": pictures,
-        "bytes": len(data), "signed": 0, "started_at": None, "finished_at": None, "render_s": 1.0,
+        "bytes": 1, "signed": 0, "started_at": None, "finished_at": None, "render_s": 1.0,
         "gates": "", "measures": {}, "files": files,
     }  # fmt: skip
-    return {"stats": put(place, stats_key(number), json_bytes(told)), "files": files}
+    return json_bytes(told)
 
 
 def picture(row: int, job: str, pixels: str = "") -> tuple[int, str, str]:
@@ -93,7 +99,7 @@ def test_a_place_is_taken_once_and_known_again(tmp_path: Path) -> None:
     take(place, "mine")
     with pytest.raises(InvalidConfig, match="named 'mine' lies there"):
         take(place, "yours")
-    with pytest.raises(NotFound, match="no finished dataset"):
+    with pytest.raises(NotFound, match="is not finished"):
         manifest_of(place, "there")
 
 
@@ -190,6 +196,57 @@ def test_what_belongs_to_no_shard_is_told(tmp_path: Path) -> None:
     assert not found.wrong
 
 
+class Wide:
+    """A place of so many shards, 100 empty pictures each, in no memory to speak of."""
+
+    def __init__(self, shards: int) -> None:
+        self.files = 100 * shards
+        told = [
+            {"stats": {"key": stats_key(n), "sha256": sha(_wide(n)), "size": 1}, "files": []}
+            for n in range(shards)
+        ]
+        self._manifest = json_bytes(
+            {"name": "wide", "batch": "b", "rows": self.files, "counts": {}, "shards": told,
+             "files": []}
+        )  # fmt: skip
+
+    def chunks(self, key: str) -> Iterator[bytes]:
+        if key == "manifest.json":
+            yield self._manifest
+        elif key.startswith("stats/"):
+            yield _wide(int(key[6:11]))
+
+    def list(self, prefix: str) -> Iterator[BlobStat]:
+        if prefix == "imagefolder/":
+            for row in range(self.files + 1):
+                yield BlobStat(f"imagefolder/train-{row // 100:05d}/{row:07d}.png", 0)
+
+
+def _wide(number: int) -> bytes:
+    rows = range(100 * number, 100 * number + 100)
+    keys = [f"imagefolder/train-{number:05d}/{row:07d}.png" for row in rows]
+    told = [{"key": key, "sha256": sha(""), "size": 0} for key in keys]
+    return _stats(number, [picture(row, sha(str(row))) for row in rows], told)
+
+
+def test_a_wide_dataset_takes_no_memory_a_file_but_a_mark() -> None:
+    def peak(do: Callable[[], object]) -> int:
+        tracemalloc.start()
+        try:
+            do()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few, many = (cast(BlobStore, Wide(shards)) for shards in (2, 10))
+    found = check(many)
+    assert (found.files, found.wrong) == (1_010, [])
+    assert found.extra == ["imagefolder/train-00010/0001000.png"]
+    for do in (check, lambda place: diff(place, "a", place, "b")):
+        peaks = [peak(lambda: do(place)) for place in (few, many)]  # noqa: B023
+        assert peaks[1] - peaks[0] < 800 * 200, "bytes"
+
+
 def _changed(told: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     *way, last = path.split(".")
     here: Any = told
@@ -263,7 +320,7 @@ def test_a_link_out_of_the_place_is_not_followed(tmp_path: Path) -> None:
 def test_no_manifest_is_no_dataset(tmp_path: Path, data: bytes) -> None:
     place = three(tmp_path)
     place.put("manifest.json", data, TYPE)
-    with pytest.raises(NotFound, match="no finished dataset"):
+    with pytest.raises(NotFound, match=r"holds no dataset|is not finished"):
         check(place)
 
 
