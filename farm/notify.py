@@ -49,10 +49,12 @@ _NEVER = tuple(
     for net in (
         "169.254.0.0/16", "fe80::/10",  # link-local, and metadata of most clouds
         "fd00:ec2::254/128", "fd20:ce::254/128", "100.100.100.200/32", "192.0.0.192/32",
+        "168.63.129.16/32",
         "0.0.0.0/32", "::/128", "224.0.0.0/4", "ff00::/8", "255.255.255.255/32",
     )
 )  # fmt: skip
-_NAT64 = ip_network("64:ff9b::/96")
+_HOLD_IPV4 = (ip_network("64:ff9b::/96"), ip_network("::/96"))
+_NAT64_LOCAL = ip_network("64:ff9b:1::/48")
 
 
 def _http_url(url: str) -> str:
@@ -230,12 +232,20 @@ def _secured(sock: socket.socket, host: str) -> ssl.SSLSocket:
 def _is_refused(address: str) -> bool:
     """Whether an IP address is one where a cloud's metadata, or nobody in particular, answers."""
     found = ip_address(address.partition("%")[0])
-    inner = None
-    if isinstance(found, IPv6Address):
-        inner = found.ipv4_mapped or found.sixtofour
-        if found in _NAT64:
-            inner = IPv4Address(int(found) & 0xFFFFFFFF)
-    return any((inner or found) in net for net in _NEVER)
+    inner = _inner(found) if isinstance(found, IPv6Address) else []
+    return any(one in net for one in (found, *inner) for net in _NEVER)
+
+
+def _inner(found: IPv6Address) -> list[IPv4Address]:
+    """The IPv4 addresses that it may lead to."""
+    told, number = [found.ipv4_mapped, found.sixtofour], int(found)
+    if any(found in net for net in _HOLD_IPV4):
+        told.append(IPv4Address(number & 0xFFFFFFFF))
+    if found in _NAT64_LOCAL:  # prefixes in it have 48, 56, 64 or 96 bits: RFC 6052, 2.2
+        high, low = number >> 64, number & (1 << 64) - 1
+        split = (high << 16 | low >> 40 & 0xFFFF, high << 24 | low >> 32 & 0xFFFFFF, low >> 24, low)
+        told += [IPv4Address(one & 0xFFFFFFFF) for one in split if one & 0xFFFFFFFF]
+    return [one for one in told if one]
 
 
 # ---- command

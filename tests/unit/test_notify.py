@@ -146,12 +146,23 @@ def test_a_host_that_answers_byte_after_byte_is_left(monkeypatch: pytest.MonkeyP
     [
         "169.254.169.254", "[::ffff:169.254.169.254]", "[fd00:ec2::254]", "[fe80::1]",
         "100.100.100.200", "[64:ff9b::a9fe:a9fe]", "2852039166", "0xa9fea9fe", "0.0.0.0",
-        "[2002:a9fe:a9fe::1]", "[::]",
+        "[2002:a9fe:a9fe::1]", "[::]", "168.63.129.16", "[::ffff:168.63.129.16]",
+        "[64:ff9b::168.63.129.16]", "[::169.254.169.254]", "[64:ff9b:1::a9fe:a9fe]",
+        "[64:ff9b:1:a9fe:a9:fe00::]", "[64:ff9b:1:a9:fe:a9fe::]", "[64:ff9b:1:0:a9:fea9:fe00:0]",
     ],
 )  # fmt: skip
 def test_where_clouds_tell_a_machines_credentials_no_webhook_goes(address: str) -> None:
     [told] = notify(section(webhook=f"http://{address}/latest/meta-data"), SUMMARY)
     assert "where no webhook may go" in told
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1", "::1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "64:ff9b:1::a00:1",
+     "64:ff9b:1:a00:0:100::", "2002:a00:1::1", "fd12::1"],
+)  # fmt: skip
+def test_a_host_of_ones_own_may_be_told(address: str) -> None:
+    assert not room._is_refused(address)
 
 
 def test_a_name_that_leads_there_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
