@@ -30,6 +30,19 @@ _Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}(-[A-Za-z0-9]{1,8})*$")]
 _Licence = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]{0,62}$")]
 
 
+_SPDX = """
+    AFL-3.0 AGPL-3.0 Apache-2.0 Artistic-2.0 BSD-2-Clause BSD-3-Clause BSD-3-Clause-Clear BSL-1.0
+    C-UDA-1.0 CC-BY-2.0 CC-BY-2.5 CC-BY-3.0 CC-BY-4.0 CC-BY-NC-2.0 CC-BY-NC-3.0 CC-BY-NC-4.0
+    CC-BY-NC-ND-3.0 CC-BY-NC-ND-4.0 CC-BY-NC-SA-2.0 CC-BY-NC-SA-3.0 CC-BY-NC-SA-4.0 CC-BY-ND-4.0
+    CC-BY-SA-3.0 CC-BY-SA-4.0 CC0-1.0 CDLA-Permissive-1.0 CDLA-Permissive-2.0 CDLA-Sharing-1.0
+    ECL-2.0 EPL-1.0 EPL-2.0 EUPL-1.1 EUPL-1.2 GPL-2.0 GPL-3.0 ISC LGPL-2.1 LGPL-3.0 MIT MPL-2.0
+    MS-PL ODC-By-1.0 ODbL-1.0 OSL-3.0 PDDL-1.0 Unlicense WTFPL Zlib etalab-2.0
+"""
+_SPDX_OF = {name.lower(): name for name in _SPDX.split()} | {
+    "c-uda": "C-UDA-1.0", "odbl": "ODbL-1.0", "odc-by": "ODC-By-1.0", "pddl": "PDDL-1.0",
+}  # fmt: skip
+
+
 class CardSection(BaseModel):
     """[card] of a recipe.
 
@@ -48,6 +61,11 @@ class CardSection(BaseModel):
     language: tuple[_Language, ...] = ()  # of the prompts
     homepage: _Url = ""
     citation: _Text = ""
+
+    @property
+    def spdx(self) -> str:
+        """The licence as https://spdx.org/licenses spells it; empty for one that is not known."""
+        return _SPDX_OF.get(self.licence.lower(), "")
 
 
 @dataclass(frozen=True)

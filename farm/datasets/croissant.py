@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from farm.datasets.about import About
+from farm.datasets.about import About, CardSection
 from farm.datasets.formats.record import types
 from farm.pictures import CONTENT_TYPES, EXTENSIONS
 
@@ -82,7 +82,7 @@ def _told(about: About) -> Node:
         "name": about.name,
         "alternateName": section.title,
         "description": words,
-        "license": section.licence_url or f"https://spdx.org/licenses/{section.licence}.html",
+        "license": _licence(section),
         "url": section.homepage,
         "version": about.version,
         "datePublished": about.published,
@@ -94,6 +94,15 @@ def _told(about: About) -> Node:
         "rai:dataCollectionType": "Machine-generated",
     }
     return {key: value for key, value in told.items() if value}
+
+
+def _licence(section: CardSection) -> str | Node:
+    """Its address, or a work of that name where none is known."""
+    if section.licence_url:
+        return section.licence_url
+    if section.spdx:
+        return f"https://spdx.org/licenses/{section.spdx}.html"
+    return {"@type": "sc:CreativeWork", "name": section.licence}
 
 
 def citation(about: About) -> str:

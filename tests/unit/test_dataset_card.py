@@ -219,6 +219,29 @@ print(json.dumps(found))
     assert found["webdataset-prompts"] == {row: [None, text] for row, (_, text) in both.items()}
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:rdflib", "ignore:ConjunctiveGraph")
+@pytest.mark.parametrize(
+    ("licence", "url", "told"),
+    [
+        ("cc0-1.0", "", "https://spdx.org/licenses/CC0-1.0.html"),
+        ("APACHE-2.0", "", "https://spdx.org/licenses/Apache-2.0.html"),
+        ("odbl", "", "https://spdx.org/licenses/ODbL-1.0.html"),
+        ("cc0-1.0", "https://example.org/cc0", "https://example.org/cc0"),
+        ("house", "https://example.org/house", "https://example.org/house"),
+        ("openrail++", "", {"@type": "sc:CreativeWork", "name": "openrail++"}),
+    ],
+)
+def test_a_licence_is_linked_where_its_page_is(licence: str, url: str, told: Any) -> None:
+    import mlcroissant
+
+    section = CardSection(licence=licence, licence_url=url)
+    made = croissant(replace(ABOUT, section=section), [])
+    assert made["license"] == told
+    read = mlcroissant.Dataset(jsonld=made)
+    assert not read.metadata.ctx.issues.errors
+    assert read.metadata.to_json()["license"] == told
+
+
 def test_the_metadata_tells_licence_marks_and_files(folder: Path) -> None:
     told = json.loads((folder / "croissant.json").read_text("utf-8"))
     assert told["license"] == "https://spdx.org/licenses/CC-BY-4.0.html"
