@@ -64,17 +64,20 @@ def read_rows(
 ) -> Iterator[Row]:
     """(line number from 1, fields or the line's error) for each line with something on it.
 
-    `columns`: field -> the name it has in the file; then names that are neither are left out.
-    Raises InvalidConfig where Parquet cannot be read on this machine.
+    `columns`: field -> the name it has in the file, where at least one row must have it; then names
+    that are neither are left out. Raises InvalidConfig where Parquet cannot be read on this
+    machine.
     """
+    columns = columns or {}
     if form == "parquet":
-        rows = _parquet_rows(stream)
+        rows = _parquet_rows(stream, columns)
     elif form in ("csv", "tsv"):
-        rows = _table_rows(_text_lines(stream), "\t" if form == "tsv" else ",", columns or {})
+        rows = _table_rows(_text_lines(stream), "\t" if form == "tsv" else ",", columns)
     else:
         read = _json_row if form == "jsonl" else _txt_row
         lines = _text_lines(stream)
         rows = (read(n, text) for n, text in lines if isinstance(text, RowError) or text.strip())
+        rows = _all_found(rows, columns)
     return _renamed(rows, columns) if columns else rows
 
 
@@ -85,6 +88,19 @@ def _renamed(rows: Iterable[Row], columns: Mapping[str, str]) -> Iterator[Row]:
             continue
         kept = {k: v for k, v in row.items() if k in ROW_FIELDS and k not in columns.values()}
         yield number, kept | {field: row[name] for field, name in columns.items() if name in row}
+
+
+def _all_found(rows: Iterable[Row], columns: Mapping[str, str]) -> Iterator[Row]:
+    """Behind the rows, an error if none of them had a column."""
+    number, first, missing = 0, "", set(columns.values())
+    for number, row in rows:
+        if missing and not isinstance(row, RowError):
+            first = first or ", ".join(row)[:120]
+            missing -= row.keys()
+        yield number, row
+    if missing and first:
+        expected = f"rows with {', '.join(sorted(missing))}, as was named"
+        yield number + 1, row_error(number + 1, "fields", f"{first} in the first", expected)
 
 
 # ---- lines
@@ -196,7 +212,7 @@ def _table_rows(lines: Iterator[Line], delimiter: str, columns: Mapping[str, str
         elif cells:
             header = [name.strip() for name in cells]
             if problem := _header_problem(header, columns):
-                yield line, row_error(line, "header", ", ".join(header)[:60], problem)
+                yield line, row_error(line, "header", ", ".join(header)[:120], problem)
                 return
 
 
@@ -228,8 +244,8 @@ def _table_row(
 
 
 def _header_problem(header: list[str], columns: Mapping[str, str]) -> str | None:
-    if missing := sorted(set(columns.values()) - set(header)):
-        return f"the columns that were named, {', '.join(missing)} among them"
+    if problem := _missing(header, columns):
+        return problem
     if columns.get("prompt", "prompt") not in header:
         return "a first line of field names, `prompt` among them"
     if len(set(header)) != len(header):
@@ -238,6 +254,11 @@ def _header_problem(header: list[str], columns: Mapping[str, str]) -> str | None
     if unknown and not columns:
         return f"only known fields: {', '.join(ROW_FIELDS)}; or say which columns are which"
     return None
+
+
+def _missing(names: Iterable[str], columns: Mapping[str, str]) -> str | None:
+    missing = sorted(set(columns.values()).difference(names))
+    return f"the columns that were named, {', '.join(missing)} among them" if missing else None
 
 
 def _cell(field: str, text: str) -> Any:
@@ -253,7 +274,7 @@ def _cell(field: str, text: str) -> Any:
 # ---- Parquet
 
 
-def _parquet_rows(stream: BinaryIO) -> Iterator[Row]:
+def _parquet_rows(stream: BinaryIO, columns: Mapping[str, str]) -> Iterator[Row]:
     """Rows of a Parquet file, numbered from 1; a process of its own reads it, see there."""
     if find_spec("pyarrow") is None:
         raise InvalidConfig("Parquet files need pyarrow: pip install 'renderfarm[dataset]'")
@@ -264,8 +285,14 @@ def _parquet_rows(stream: BinaryIO) -> Iterator[Row]:
         try:
             assert reader.stdout
             for number, text in _text_lines(cast(BinaryIO, reader.stdout)):
-                found = _json_row(number, text)
-                yield found if isinstance(found[1], RowError) else (number, _plain(found[1]))
+                _, row = _json_row(number, text)
+                if isinstance(row, RowError):
+                    yield number, row
+                    continue
+                if problem := _missing(row, columns):  # each row has all columns of the file
+                    yield number, row_error(number, "header", ", ".join(row)[:120], problem)
+                    return
+                yield number, _plain(row)
             if code := reader.wait():
                 told.seek(0)
                 got = told.read().decode(errors="replace").splitlines()[-1:] or [f"exit {code}"]

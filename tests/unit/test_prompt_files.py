@@ -23,7 +23,7 @@ def rows(data: bytes, form: str, columns: dict[str, str] | None = None) -> list[
     return list(read_rows(io.BytesIO(data), form, columns))
 
 
-def parquet(**columns: list[Any]) -> bytes:
+def parquet(**columns: Any) -> bytes:
     out = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(columns), out, row_group_size=2)
     return out.getvalue()
@@ -67,9 +67,42 @@ def test_columns_are_renamed_and_the_others_left_out() -> None:
     assert rows(line, "jsonl", columns) == wanted
     data = parquet(TEXT=["a"], bad=["b"], url=["x"], seed=[7])
     assert rows(data, "parquet", columns) == [(1, wanted[0][1])]
-    ((_, error),) = rows(b"text,seed\na,1\n", "csv", {"prompt": "TEXT"})
-    assert isinstance(error, RowError)
-    assert "TEXT" in error.expected
+
+
+HEADER = "line 1: header: the columns that were named, idd among them (got prompt, id)"
+
+
+@pytest.mark.parametrize(
+    ("data", "form", "told"),
+    [
+        (b"prompt,id\na,1\n", "csv", HEADER),
+        (parquet(prompt=["a", "b"], id=[1, None]), "parquet", HEADER),
+        (
+            b'{"prompt": "a", "id": 1}\n[]\n{"prompt": "b"}\n', "jsonl",
+            "line 4: fields: rows with idd, as was named (got prompt, id in the first)",
+        ),
+        (
+            b"a\nb\n", "txt",
+            "line 3: fields: rows with id, idd, as was named (got prompt in the first)",
+        ),
+    ],
+)  # fmt: skip
+def test_a_column_that_the_file_has_not_is_told(data: bytes, form: str, told: str) -> None:
+    *_, (_, error) = rows(data, form, {"id": "id", "name": "idd"})
+    assert str(error) == told
+
+
+@pytest.mark.parametrize(
+    ("data", "form"),
+    [
+        (b"prompt,id\na,\nb,\n", "csv"),
+        (parquet(prompt=["a", "b"], id=pyarrow.array([None, None], pyarrow.int64())), "parquet"),
+        (b'{"prompt": "a"}\n{"prompt": "b", "id": null}\n', "jsonl"),
+        (b"\n", "jsonl"),
+    ],
+)
+def test_a_column_may_be_empty(data: bytes, form: str) -> None:
+    assert not any(isinstance(row, RowError) for _, row in rows(data, form, {"id": "id"}))
 
 
 def test_absent_cells_of_parquet_count_as_not_given() -> None:
