@@ -319,5 +319,11 @@ def _chunks(stream: Iterator[NewJob], eager: bool) -> Iterator[list[NewJob]]:
 
 def _texts(chunk: list[NewJob]) -> bytes:
     """What tells whether two streams are the same. Seeds are no part: they may have been drawn."""
-    lines = [f"{job.shape.key}\t{job.prompt}\t{job.negative_prompt}\n" for job in chunk]
-    return "".join(lines).encode()
+    return "".join(map(_text, chunk)).encode()
+
+
+def _text(job: NewJob) -> str:
+    spec, pictures = job.shape.spec, ""
+    if spec.init_image:
+        pictures = f"\t{spec.init_image}\t{spec.mask_image}"
+    return f"{job.shape.key}\t{job.prompt}\t{job.negative_prompt}{pictures}\n"

@@ -174,6 +174,7 @@ def show_plan(told: Plan) -> None:
             ("to", told.out),
             ("rendered before", f"{told.reused:,} of {told.rows:,}"),
             ("to render", f"{told.to_render:,}"),
+            ("failed", f"{told.failed:,}: farm dataset redrive" if told.failed else None),
             ("time", time_told),
             ("pictures", f"about {show_size(told.size_bytes)}" if told.size_bytes else None),
             ("batch", told.batch),

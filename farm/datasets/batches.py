@@ -244,7 +244,8 @@ class Batches:
                 time.sleep(POLL_S)
             except KeyReused as error:
                 raise InvalidConfig(
-                    f"{error.message}: the models or checks of this farm have changed since; give "
+                    f"{error.message}: the models, the checks or the pictures that rows begin with "
+                    "have changed since; give "
                     "the run another --label, or forget that batch with `farm prune`"
                 ) from None
         self._drive_again(found)

@@ -81,7 +81,7 @@ def finish(
         "label": run.label,
         "version": version("renderfarm"),
         "batch": run.batch,
-        "recipe_sha256": hashlib.sha256(recipe.public_text.encode()).hexdigest(),
+        "recipe_sha256": recipe.public_sha256,
         "formats": list(recipe.formats),
         "rows": sum(contents.counts.values()),
         "counts": dict(contents.counts),

@@ -116,7 +116,7 @@ class Gates:
     """
 
     def __init__(self, section: GatesSection, folder: Path | None = None) -> None:
-        self._section = section
+        self._section, self._folder = section, folder
         self._sides = bool(section.min_side or section.max_side)
         self._scores = {told.name: Score(told, folder) for told in section.scores}
 
@@ -131,11 +131,18 @@ class Gates:
     def mark(self) -> str:
         """Measures of the same picture and mark are the same, whatever the gates' limits are."""
         told = self._section
-        scores = [(one.name, one.plugin, one.options) for one in told.scores]
+        scores = [(one.name, one.plugin, one.options, self._code(one)) for one in told.scores]
         near = bool(told.near_duplicates)
         asked = [_MEASURES, told.blank, told.exact_duplicates, near, self._sides, scores]
         text = json.dumps(asked, sort_keys=True, default=str)  # TOML has dates, JSON has none
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _code(self, told: ScoreSection) -> str | None:
+        """The SHA-256 of a plug-in that lies beside the recipe."""
+        path = (
+            self._folder and self._folder / f"{told.plugin.partition(':')[0].replace('.', '/')}.py"
+        )
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else None
 
     def measure(self, data: bytes, params: Mapping[str, Any]) -> Measures:
         """Of a picture's file; `params`: the fields of its job. Raises InvalidConfig when a plug-in

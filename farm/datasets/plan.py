@@ -28,9 +28,11 @@ SAMPLES = 5
 class Plan:
     """`reused`: rows whose picture was rendered before, by the same weights: it would be linked.
 
-    `unknown`: models that no worker has served here yet, so that nobody can tell what was rendered
-    or how long it takes. `seconds`: of rendering what is left, with the workers of now;
-    `size_bytes`: of all pictures; None: unknown. `batch`: of the run there is, if it was begun.
+    Of a run that was begun, `to_render` are the rows that are under way, and `failed` those that
+    failed or were cancelled: a redrive queues them again. `unknown`: models that no worker has
+    served here yet, so that nobody can tell what was rendered or how long it takes. `seconds`: of
+    rendering what is left, with the workers of now; `size_bytes`: of all pictures; None: unknown.
+    `batch`: of the run there is, if it was begun.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Plan:
     by_model: dict[str, int] = field(default_factory=dict)
     reused: int = 0
     to_render: int = 0
+    failed: int = 0
     seconds: float | None = None
     size_bytes: int | None = None
     unknown: list[str] = field(default_factory=list)
@@ -72,8 +75,12 @@ def plan(farm: Farm, recipe: Recipe, label: str = "") -> Plan:
         if len(told.samples) < SAMPLES:
             told.samples += [job.spec.model_dump(mode="json", exclude_none=True) for job in chunk]
             del told.samples[SAMPLES:]
+    if made:
+        left = Counter({m: n["queued"] + n["running"] for m, n in made.by_model.items()})
+        told.failed = made.counts["failed"] + made.counts["cancelled"]
     told.rows, told.to_render = by_model.total(), left.total()
-    told.reused, told.by_model = told.rows - told.to_render, dict(by_model)
+    told.reused = told.rows - told.to_render - told.failed
+    told.by_model = dict(by_model)
     told.shards = -(-told.rows // recipe.shard_size)
     told.unknown = sorted(model for model in by_model if not origins.of(model))
     _estimate(farm, told, left)

@@ -24,7 +24,8 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import date
 from functools import cached_property
 from importlib.util import find_spec
@@ -153,6 +154,21 @@ class Recipe(Section):
         }
         return self.params | pictures
 
+    def _inputs(self) -> Iterator[Path]:
+        """The files of pictures that [params] names."""
+        for name in ("init_image", "mask_image"):
+            for one in self._given(name):
+                path = Path(absolute(str(one), self.folder))
+                if path.is_absolute():  # else it names an object, or a job's picture
+                    yield path
+
+    def _given(self, name: str) -> Sequence[Any]:
+        """The values that [params] has for a field, but for ranges."""
+        sampled = self.sampled.get(name)
+        if sampled:
+            return sampled.each or sampled.choice or ()
+        return [self.params[name]] if name in self.params else []
+
     @property
     def models(self) -> list[Any]:
         """The models that it names; rows of a file may name others."""
@@ -165,9 +181,11 @@ class Recipe(Section):
         """Whether rows have this value of a field, told as errors tell it, from [params]."""
         sampled = self.sampled.get(name)
         if sampled and sampled.uniform is not None:
-            return True
-        given = (sampled.each or sampled.choice or ()) if sampled else [self.params.get(name)]
-        return any(got.startswith(repr(one)[:57]) for one in given if one is not None)
+            with suppress(ValueError):
+                low, high = sampled.uniform
+                return bool(low <= float(got.partition(":")[0]) <= high)
+            return False
+        return any(_is_told(one, got) for one in self._given(name))
 
     @property
     def combinations(self) -> int:
@@ -215,10 +233,16 @@ class Recipe(Section):
 
     @cached_property
     def public_text(self) -> str:
-        """The recipe as TOML, without [notify] and comments: a webhook's URL may be a secret."""
+        """The recipe as TOML without what may hold secrets: comments, [notify], scores' options."""
         told = {k: v for k, v in tomllib.loads(self.text).items() if k != "notify"}
+        for score in told.get("gates", {}).get("scores", ()):
+            score.pop("options", None)
         plain = {k: v for k, v in told.items() if not isinstance(v, dict)}
         return tomlkit.dumps(plain | told)
+
+    @property
+    def public_sha256(self) -> str:
+        return hashlib.sha256(self.public_text.encode()).hexdigest()
 
     def digest(self, label: str, defaults: Mapping[str, Any] | None = None) -> str:
         """SHA-256 of all that decides which rows there are and what they render, for one label.
@@ -230,6 +254,7 @@ class Recipe(Section):
         template, file = self.template, self.prompt_file
         lists = {n: _mark(values) for n, values in template.lists.items()} if template else {}
         told |= {"label": label, "lists": lists, "file": file and _sha256(file)}
+        told["inputs"] = [_sha256(path) for path in self._inputs()]
         text = json.dumps(told | {"defaults": defaults or {}, "seeds": _SEEDS}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -254,6 +279,12 @@ def _kind_of(values: Sequence[Scalar]) -> type:
     if kinds <= {int, float}:
         return float if float in kinds else int
     return bool if kinds == {bool} else str
+
+
+def _is_told(value: Any, got: str) -> bool:
+    """Whether an error that tells `got` is about this value: long ones are cut there."""
+    shown = repr(value)
+    return got == shown or got.startswith((f"{shown}: ", shown[:57] if len(shown) > 60 else "\0"))
 
 
 def _sha256(path: Path) -> str:

@@ -22,6 +22,7 @@ from farm.blobs import BlobStore
 from farm.datasets import finish
 from farm.datasets.alone import alone
 from farm.datasets.batches import CHANGED, Batches, Tell, asked, patiently
+from farm.datasets.gates import Gates
 from farm.datasets.outcome import ACCEPTED, CANCELLED, FAILED, REJECTED, STATES, Outcome
 from farm.datasets.place import open_place, take
 from farm.datasets.recipe import Recipe
@@ -136,7 +137,8 @@ class _Run:
     ) -> None:
         self._farm, self._recipe, self._label, self._place = farm, recipe, label, place
         self._batches, self._redrive, self._tell, self._check = batches, redrive, tell, check
-        self._shards = Shards(place, self._fetch, recipe)
+        self._gates = Gates(recipe.gates, recipe.folder)
+        self._shards = Shards(place, self._fetch, recipe, self._gates.mark)
         self._lost: dict[str, Job] = {}
         self._anew: set[str] = set()
         self._wrote: set[int] = set()
@@ -154,7 +156,7 @@ class _Run:
         return told
 
     def _run(self) -> Summary:
-        self._settler = Settler(self._recipe, self._batches, self._fetch, self._tell)
+        self._settler = Settler(self._recipe, self._gates, self._batches, self._fetch, self._tell)
         batch = self._batches.main()
         size = self._recipe.shard_size
         told = Summary(self._recipe.name, self._label, batch.id, self._recipe.place(self._label))

@@ -29,10 +29,15 @@ class Settler:
     """Judges the shards of one run, in order. `read` gives a job's picture, checked."""
 
     def __init__(
-        self, recipe: Recipe, batches: Batches, read: Callable[[Job], bytes], tell: Tell
+        self,
+        recipe: Recipe,
+        gates: Gates,
+        batches: Batches,
+        read: Callable[[Job], bytes],
+        tell: Tell,
     ) -> None:
         self._recipe, self._batches, self._read, self._tell = recipe, batches, read, tell
-        self._gates, self._judge = Gates(recipe.gates, recipe.folder), Judge(recipe.gates)
+        self._gates, self._judge = gates, Judge(recipe.gates)
 
     def settle(
         self, first: int, rows: Sequence[Planned], jobs: Sequence[Job], former: Stats | None

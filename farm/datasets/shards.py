@@ -20,7 +20,7 @@ from typing import Any
 
 from farm.blobs import BlobStore
 from farm.datasets.formats import FORMATS, Written, open_writer
-from farm.datasets.gates import Gates, Measures
+from farm.datasets.gates import Measures
 from farm.datasets.outcome import ACCEPTED, CANCELLED, FAILED, STATES, Outcome
 from farm.datasets.place import content_type
 from farm.datasets.recipe import Recipe
@@ -45,17 +45,18 @@ def shard_name(shard: int) -> str:
 
 
 class Shards:
-    """Writes a dataset's shards into `place`. `read` gives a job's picture, checked."""
+    """Writes a dataset's shards into `place`. `read` gives a job's picture, checked; `gates`: the
+    mark of those that judged."""
 
     def __init__(
         self,
         place: BlobStore,
         read: Callable[[Job], bytes],
         recipe: Recipe,
+        gates: str,
     ) -> None:
-        self._place, self._read = place, read
+        self._place, self._read, self._gates = place, read, gates
         self._formats, self._columns = recipe.formats, recipe.columns
-        self._gates = Gates(recipe.gates, recipe.folder).mark
 
     def stats(self, shard: int) -> Stats | None:
         """What is told of a shard; None where nothing is, or nothing that can be read."""
@@ -144,7 +145,8 @@ class Shards:
 
     def _content(self, outcomes: Iterable[Outcome]) -> str:
         """SHA-256 of all that decides the bytes of the shard's files."""
-        digest = hashlib.sha256(json.dumps([LAYOUT, *self._formats]).encode())
+        kinds = [(name, kind.__name__) for name, kind in self._columns.items()]
+        digest = hashlib.sha256(json.dumps([LAYOUT, *self._formats, kinds]).encode())
         for one in outcomes:
             if one.state == ACCEPTED:
                 told = [one.row, one.job.sha256, one.mark, dict(one.columns)]

@@ -17,7 +17,8 @@ from farm.store.batches import BatchStatus
 
 @dataclass
 class Status:
-    """`batch`: None before the first run. `finished`: the dataset of this very batch is written.
+    """`batch`: None before the first run. `finished`: the dataset of this very batch and recipe is
+    written.
 
     `stats`: shards that have been written, at least once. `counts`: what the dataset holds, once it
     was finished: of this run, or of the one before. `failures`: failed rows by error code.
@@ -49,5 +50,8 @@ def status(farm: Farm, recipe: Recipe, label: str = "") -> Status:
         with suppress(NotFound, BlobDamaged):
             manifest = manifest_of(place, told.out)
             told.counts = manifest.counts
-            told.finished = batch is not None and manifest.batch == batch.id
+            told.finished = batch is not None and (manifest.batch, manifest.recipe_sha256) == (
+                batch.id,
+                recipe.public_sha256,
+            )
     return told

@@ -80,7 +80,7 @@ def test_one_of_five_colours_is_a_fifth(lone: LoneRunner, tmp_path: Path) -> Non
     assert [key for key in hashes if now[key] != hashes[key]] == ["webdataset/train-00002.tar"]
 
 
-def test_prompts_added_at_the_end_are_all_that_is_new(lone: LoneRunner, tmp_path: Path) -> None:
+def test_prompts_that_are_added_are_all_that_is_new(lone: LoneRunner, tmp_path: Path) -> None:
     folder = tmp_path / "sets"
     folder.mkdir()
     file = folder / "prompts.jsonl"
@@ -95,5 +95,10 @@ def test_prompts_added_at_the_end_are_all_that_is_new(lone: LoneRunner, tmp_path
     prompts(13)
     grown, rendered = make(lone, folder, **told)
     assert (grown.rows, rendered, grown.kept) == (26, 6, 5)
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(['{"prompt": "new"}', *reversed(lines)]) + "\n")
+    moved, rendered = make(lone, folder, **told)
+    assert (moved.rows, rendered) == (28, 2)
+    prompts(13)
     more, rendered = make(lone, folder, **{**told, "pictures": 3})
     assert (more.rows, rendered) == (39, 13)  # those that were there keep their seeds

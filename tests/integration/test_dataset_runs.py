@@ -6,6 +6,7 @@ import _thread
 import json
 import random
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from sqlalchemy import update
 
 from farm import retention
@@ -308,6 +310,86 @@ def test_bad_rows_queue_nothing(
     with pytest.raises(Invalid):
         plan(idle.farm, recipe(tmp_path / "sets", **told))
     assert idle.farm.batches() == []
+
+
+# ---- what changes between two runs
+
+
+def test_a_changed_input_picture_is_rendered_anew(lone: LoneRunner, tmp_path: Path) -> None:
+    folder = tmp_path / "sets"
+    folder.mkdir()
+    params = {"model": "fake-fast", "init_image": "i.png", "strength": 0.5}
+    told: dict[str, Any] = SMALL | {"params": params}
+    Image.new("RGB", (64, 64), "red").save(folder / "i.png")
+    first = make(lone, folder, **told)
+    assert make(lone, folder, **told).kept == 3
+    Image.new("RGB", (64, 64), "blue").save(folder / "i.png")
+    assert plan(lone.farm, recipe(folder, **told)).to_render == 12
+    second = make(lone, folder, **told)
+    assert (second.rendered, second.written) == (12, 3)
+    assert second.batch != first.batch
+
+    rows = [{"prompt": f"p{n}", "init_image": "i.png", "strength": 0.5} for n in range(3)]
+    (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    listed: dict[str, Any] = {"prompts": {"file": "p.jsonl"}}
+    make(lone, folder, **listed)
+    Image.new("RGB", (64, 64), "green").save(folder / "i.png")
+    with pytest.raises(InvalidConfig, match="pictures that rows begin with"):
+        make(lone, folder, **listed)
+
+
+def test_a_column_of_another_kind_changes_every_shard(lone: LoneRunner, tmp_path: Path) -> None:
+    folder = tmp_path / "sets"
+    folder.mkdir()
+    rows: list[dict[str, Any]] = [{"prompt": f"p{n}"} for n in range(4)]
+    rows[0]["id"] = 1
+    (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told: dict[str, Any] = {"shard_size": 2, "formats": ["parquet"]}
+    make(lone, folder, prompts={"file": "p.jsonl", "keep": {"id": "int"}}, **told)
+    made = make(lone, folder, prompts={"file": "p.jsonl", "keep": {"id": "text"}}, **told)
+    assert (made.written, made.rendered) == (2, 0)
+
+
+PLUGIN = """
+from pathlib import Path
+HERE = Path(__file__).parent
+class Score:
+    def __init__(self):
+        with (HERE / "made").open("a") as file:
+            file.write("x")
+    def score(self, image, prompt):
+        return {value}
+"""
+
+
+def test_a_plugin_is_built_once_a_run_and_its_code_counts(
+    lone: LoneRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    folder = tmp_path / "sets"
+    folder.mkdir()
+    score = {"name": "s", "plugin": "a_plugin_of_ours:Score", "min": 0.5}
+    told: dict[str, Any] = SMALL | {"gates": {"scores": [score]}}
+    for value, counts in ((1, (12, 0)), (0, (0, 12))):
+        (folder / "a_plugin_of_ours.py").write_text(PLUGIN.format(value=value))
+        made = make(lone, folder, **told)
+        sys.modules.pop("a_plugin_of_ours")  # each run is a process of its own
+        assert (made.counts["accepted"], made.counts["rejected"]) == counts
+    assert (folder / "made").read_text() == "xx"
+
+
+def test_plan_and_status_say_what_a_run_would_do(lone: LoneRunner, tmp_path: Path) -> None:
+    (tmp_path / "fragile").write_text("thing 3")
+    make(lone, tmp_path / "sets", **SMALL)
+    told = recipe(tmp_path / "sets", **SMALL)
+    found = plan(lone.farm, told)
+    assert (found.to_render, found.failed, found.reused) == (0, 1, 11)
+    assert status(lone.farm, told).finished
+    other = recipe(tmp_path / "sets", **SMALL, formats=["parquet"])
+    assert not status(lone.farm, other).finished
+    assert make(lone, tmp_path / "sets", **SMALL, formats=["parquet"]).rendered == 0
+    assert status(lone.farm, other).finished
 
 
 # ---- one at a time

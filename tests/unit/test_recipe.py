@@ -271,6 +271,47 @@ def test_the_digest_reads_the_files_that_it_names(tmp_path: Path) -> None:
         digest(tmp_path, prompts={"file": "/dev/zero", "format": "txt"})
 
 
+@pytest.mark.parametrize("given", ["i.png", {"each": ["j.png", "i.png"]}, {"choice": ["i.png"]}])
+def test_the_digest_reads_the_pictures_that_rows_begin_with(tmp_path: Path, given: Any) -> None:
+    params = {"model": "fake-fast", "init_image": given}
+    (tmp_path / "i.png").write_bytes(b"1")
+    (tmp_path / "j.png").write_bytes(b"1")
+    before = digest(tmp_path, params=params)
+    (tmp_path / "i.png").write_bytes(b"2")
+    assert digest(tmp_path, params=params) != before
+    (tmp_path / "i.png").unlink()
+    with pytest.raises(InvalidConfig, match=r"i\.png: No such file"):
+        digest(tmp_path, params=params)
+    digest(tmp_path, params=params | {"init_image": "blob:inputs/x.png"})
+
+
+def test_what_is_published_holds_no_options_of_scores(tmp_path: Path) -> None:
+    score = '[[gates.scores]]\nname = "x"\nplugin = "a:b"\noptions = { api_key = "sk-1" }\n'
+    told = load_recipe(written(tmp_path, score))
+    assert told.gates.scores[0].options == {"api_key": "sk-1"}
+    assert "sk-1" not in told.public_text
+    assert "a:b" in told.public_text
+
+
+@pytest.mark.parametrize(
+    ("given", "got", "ours"),
+    [
+        (5, "5", True),
+        (5, "5000", False),
+        (5, "5: too few", True),
+        ("x" * 90, repr("x" * 90)[:57] + "... (92 characters)", True),
+        ({"choice": [5, 6]}, "6", True),
+        ({"uniform": [1, 10]}, "7", True),
+        ({"uniform": [1, 10]}, "5000", False),
+        ({"uniform": [1, 10]}, "'a'", False),
+    ],
+)
+def test_whose_a_wrong_value_is(tmp_path: Path, given: Any, got: str, ours: bool) -> None:
+    told = recipe(tmp_path, params={"model": "m", "scheduler": given})
+    assert told.gives("scheduler", got) is ours
+    assert not told.gives("steps", got)
+
+
 def test_a_long_range_costs_nothing(tmp_path: Path) -> None:
     told = recipe(tmp_path, prompts=one_list("1..9000000000000", pick="sample", count=3))
     assert told.columns == {"x": int}
