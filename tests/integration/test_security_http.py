@@ -214,13 +214,20 @@ def test_a_bucket() -> None:
         free.take("a")
 
 
+def refusal(
+    kit: HttpKit, path: str, tries: int, headers: dict[str, str] | None = None
+) -> httpx.Response:
+    """The first answer that has the client wait; meanwhile it earns a request now and then."""
+    answers = (kit.http.get(path, headers=headers) for _ in range(tries))
+    return next(answer for answer in answers if answer.status_code == 429)
+
+
 def test_a_greedy_client_waits_and_others_do_not(tmp_path: Path, redis_url: str) -> None:
     with serving(tmp_path, redis_url, guarded=True, http_rate=2) as kit:
         greedy, other = (bearer(kit.token("read")) for _ in range(2))
-        statuses = [kit.http.get("/v1/models", headers=greedy).status_code for _ in range(30)]
-        assert statuses[:10] == [200] * 10
-        assert 429 in statuses
-        refused = kit.http.get("/v1/models", headers=greedy)
+        statuses = [kit.http.get("/v1/models", headers=greedy).status_code for _ in range(10)]
+        assert statuses == [200] * 10
+        refused = refusal(kit, "/v1/models", 50, greedy)
         assert refused.json()["code"] == "ERR_RATE_LIMIT"
         assert refused.headers["retry-after"] == "1"
         assert kit.http.get("/v1/models", headers=other).status_code == 200
@@ -228,7 +235,7 @@ def test_a_greedy_client_waits_and_others_do_not(tmp_path: Path, redis_url: str)
             kit.http.get("/v1/models", headers=bearer(f"farm_{i}_x")).status_code for i in range(30)
         }
         assert guesses == {401, 429}
-        assert kit.http.get("/readyz").status_code == 429, "the same address"
+        assert refusal(kit, "/readyz", 5), "the same address: of its own, it would have 10"
         assert kit.http.get("/healthz").status_code == 200
         assert kit.http.get("/v1/models", headers=other).status_code == 200
 
@@ -305,15 +312,15 @@ def test_the_client_waits_for_its_turn(tmp_path: Path, redis_url: str) -> None:
 def test_a_head_that_does_not_come_is_not_waited_for(
     kit: HttpKit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "HEAD_S", 0.3)
+    monkeypatch.setattr(run, "HEAD_S", 1.0)
     began = time.monotonic()
     assert raw(kit, b"") == raw(kit, b"GET / HTTP/1.1\r\nHost: a\r\n") == b""
     again = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
     assert raw(kit, again, b"GET /he").startswith(b"HTTP/1.1 200")
-    assert time.monotonic() - began < 8
-    assert not kit.server.server_state.connections
+    assert time.monotonic() - began < 20
+    until(lambda: not kit.server.server_state.connections, 10)
     batch = kit.farm.submit(["a"]).id  # what is under way is not cut off
-    params, headers = {"wait": 1.0}, bearer(kit.token("read"))
+    params, headers = {"wait": 3.0}, bearer(kit.token("read"))
     assert kit.http.get(f"/v1/batches/{batch}", params=params, headers=headers).status_code == 200
 
 
