@@ -83,6 +83,7 @@ def add(
 
     path = recipe.absolute()
     found = load_recipe(path)
+    found.digest("")  # its files are there
     terms = Terms(
         name or found.name,
         str(path),
