@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from farm.blobs import BlobStore
-from farm.datasets.manifest import manifest_of, mark_of, stats_of
-from farm.datasets.seen import Seen
+from farm.datasets.manifest import manifest_of, stats_of
+from farm.datasets.seen import Seen, mark_of
 from farm.errors import BlobDamaged
 
 MOST_SHOWN = 1_000

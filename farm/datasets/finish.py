@@ -134,7 +134,10 @@ def _models(catalog: Catalog, contents: Contents) -> list[ModelAbout]:
 
 
 def _remove_leftovers(place: BlobStore, contents: Contents) -> None:
-    """Shards beyond the last one, and files of formats that the recipe no longer has."""
+    """Shards beyond the last one, files of formats that the recipe no longer has, and what killed
+    runs left aside."""
+    with place.aside():
+        pass
     shards = {f"{shard['shard']:05d}" for shard in contents.shards}
     formats = {*contents.files, "stats"}
 

@@ -6,7 +6,6 @@ a stats file names the shard's files with theirs. So one hash stands for everyth
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from farm import faults
 from farm.blobs import BlobStore
-from farm.datasets.seen import BYTES, Seen
+from farm.datasets.seen import Seen, mark_of
 from farm.datasets.stats import MANIFEST, OWN, Count, File, Stats, hash_of, read_json, read_stats
 from farm.errors import BlobDamaged, NotFound
 
@@ -128,9 +127,3 @@ def _read(place: BlobStore, files: Iterator[File]) -> Iterator[tuple[File, str |
     with ThreadPoolExecutor(_THREADS) as pool:
         while some := list(islice(files, _AT_ONCE)):
             yield from zip(some, pool.map(lambda f: hash_of(place, f.key), some), strict=True)
-
-
-def mark_of(text: str) -> int:
-    """For a `Seen`."""
-    data = text.encode(errors="surrogatepass")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=BYTES).digest())

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from farm.blobs import BlobStore
 from farm.datasets.manifest import files_of, manifest_of
 from farm.datasets.place import content_type, remove, take
+from farm.datasets.seen import Seen, mark_of
 from farm.datasets.stats import MANIFEST, File, hash_of
 from farm.errors import BlobDamaged
 
@@ -24,9 +25,9 @@ def publish(
     """
     manifest = manifest_of(source, where)
     take(target, manifest.name)
-    known = set()
+    known = Seen()
     for file in files_of(source, manifest):
-        known.add(file.key)
+        known.add(mark_of(file.key), 0)
         there = target.stat(file.key)
         copied = not (
             there and there.size == file.size and hash_of(target, file.key) == file.sha256
@@ -34,7 +35,7 @@ def publish(
         if copied:
             _copy(source, file, target)
         done(file, copied)
-    remove(target, lambda key: key not in known)
+    remove(target, lambda key: known.get(mark_of(key)) is None)
     target.put(MANIFEST, source.get(MANIFEST), content_type(MANIFEST))
 
 

@@ -13,7 +13,6 @@ pictures of each, and filters leave the seeds of the other rows as they are.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -25,7 +24,7 @@ from farm.datasets.gates import MAX_ATTEMPTS
 from farm.datasets.recipe import Recipe
 from farm.datasets.sample import Value
 from farm.datasets.sections import Sampled, Scalar
-from farm.datasets.seen import BYTES, Seen
+from farm.datasets.seen import Seen, mark_of
 from farm.errors import InvalidConfig, RowError
 from farm.prompt_files import guess_format, read_rows
 from farm.prompts import MAX_PICTURES
@@ -61,12 +60,12 @@ class Seeds:
 
     def of(self, place: Place, attempt: int = 0) -> int:
         """Of a row, the first or a further attempt at it."""
-        base = _hash(b"%s\0%d %d" % (self._told, place.prompt, place.combination))
+        base = mark_of(b"%s\0%d %d" % (self._told, place.prompt, place.combination))
         return (base + place.picture * MAX_ATTEMPTS + attempt) % _SPACE
 
     def draw(self, place: Place, field: str, given: Sampled) -> Any:
         """A value for a field of a row."""
-        drawn = _hash(b"%s\0%s\0%d %d %d" % (self._told, field.encode(), *place))
+        drawn = mark_of(b"%s\0%s\0%d %d %d" % (self._told, field.encode(), *place))
         if given.choice is not None:
             return given.choice[drawn * len(given.choice) >> 64]
         assert given.uniform is not None
@@ -83,7 +82,7 @@ def planned(recipe: Recipe, label: str = "") -> Iterator[Planned | RowError]:
     """
     seeds, alike = Seeds(recipe, label), Seen()
     combinations = [dict(zip(recipe.each, v, strict=True)) for v in product(*recipe.each.values())]
-    marks = [_mark(_text(one)) for one in combinations]
+    marks = [mark_of(_text(one)) for one in combinations]
     with _source(recipe) as source:
         for found in _chosen(recipe, source):
             if isinstance(found, RowError):
@@ -96,7 +95,7 @@ def planned(recipe: Recipe, label: str = "") -> Iterator[Planned | RowError]:
                 yield RowError(line, "n", repr(n)[:60], f"a whole number from 1 to {MAX_PICTURES}")
                 continue
             text = _text(row)
-            prompt = _mark(f"{text} {alike.count(_mark(text))}")
+            prompt = mark_of(f"{text} {alike.count(mark_of(text))}")
             for mark, combination in zip(marks, combinations, strict=True):
                 for picture in range(n):
                     place = Place(prompt, mark, picture)
@@ -138,7 +137,7 @@ def _chosen(recipe: Recipe, source: Iterator[tuple[int, Any]]) -> Iterator[_Foun
                 continue
             if told.max_chars is not None and len(prompt) > told.max_chars:
                 continue
-            if told.distinct and not seen.add(_mark(prompt), 0):
+            if told.distinct and not seen.add(mark_of(prompt), 0):
                 continue
         taken += 1
         columns = _columns(line, row, kinds)
@@ -189,14 +188,6 @@ def _text(row: Mapping[str, Any]) -> str:
     """What a prompt brings, but for its seed."""
     told = {name: value for name, value in row.items() if value is not None and name != "seed"}
     return json.dumps(told, sort_keys=True, default=str)
-
-
-def _mark(text: str) -> int:
-    return _hash(text.encode(errors="surrogatepass"))
-
-
-def _hash(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=BYTES).digest())
 
 
 @contextmanager
