@@ -20,6 +20,7 @@ from farm.store.ids import SESSION_PART, JobRef
 CONTENT_TYPES = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
 EXTENSIONS = {"png": "png", "webp": "webp", "jpeg": "jpg"}
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
+_MOST_COMMENT = 65_000  # bytes; all of the EXIF data of a JPEG are one segment of 65,533
 _XMP = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
     '<x:xmpmeta xmlns:x="adobe:ns:meta/">'
@@ -96,8 +97,11 @@ def encode(pixels: bytes, spec: JobSpec, origin: Origin) -> bytes:
         texts = {"parameters": text, "XML:com.adobe.xmp": _XMP}
         return png(pixels, spec.width, spec.height, texts)
     image, out = Image.frombytes("RGB", (spec.width, spec.height), pixels), io.BytesIO()
-    exif = Image.Exif()
-    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
+    exif, comment = Image.Exif(), text.encode("utf-16-be")
+    if len(comment) > _MOST_COMMENT:  # two texts of 8,000 emoji: the end of the second is left out
+        cut = spec.like_this(spec.prompt, f"{spec.negative_prompt[:4_000]} ...", spec.seed)
+        comment = parameters(cut, origin).encode("utf-16-be")
+    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + comment
     if spec.format == "webp":
         image.save(out, "WEBP", quality=92, method=2, exif=exif, xmp=_XMP.encode())
     else:

@@ -17,6 +17,7 @@ from farm.blobs import open_blobs
 from farm.errors import BlobDamaged, BlobNotFound
 from farm.pictures import CONTENT_TYPES, Origin, encode, object_key, parameters, sha256
 from farm.results import contact_sheet, download, fetch
+from farm.spec import MAX_LORAS, MAX_PROMPT_CHARS
 from farm.store.ids import JobRef
 from farm.store.reads import Job
 from tests.store_kit import spec
@@ -45,6 +46,20 @@ def test_the_file_holds_parameters_and_mark(form: str) -> None:
     assert text.splitlines()[:2] == [PROMPT, "Negative prompt: dull"]
     assert "Steps: 4, Sampler: euler_a, CFG scale: 4, Seed: 7, Size: 64x64" in text
     assert b"digitalsourcetype/trainedAlgorithmicMedia" in data
+
+
+@pytest.mark.parametrize("form", CONTENT_TYPES)
+def test_the_longest_texts_with_all_loras_can_be_encoded(form: str) -> None:
+    loras = {f"{n}-{'long' * 15}": 0.5 for n in range(MAX_LORAS)}
+    longest = "🟥" * MAX_PROMPT_CHARS
+    job = spec(longest, format=form, negative_prompt=longest, loras=loras)
+    origin = replace(ORIGIN, loras=dict.fromkeys(loras, "cd" * 32))
+    image = Image.open(io.BytesIO(encode(PIXELS.tobytes(), job, origin)))
+    image.load()
+    if form != "png":
+        text = image.getexif().get_ifd(0x8769)[0x9286][8:].decode("utf-16-be")
+        assert text.startswith(f"{longest}\nNegative prompt: 🟥")
+        assert "Lora hashes: " in text
 
 
 def test_what_a_job_has_beside_its_texts_stands_in_the_parameters() -> None:
