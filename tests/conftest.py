@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from hypothesis import settings
 
 from farm.blobs import BlobStore, open_blobs
 from tests.servers import PostgresServer, RedisServer, S3Server, Server, ServerMissing
@@ -20,6 +21,9 @@ from tests.servers import PostgresServer, RedisServer, S3Server, Server, ServerM
 S = TypeVar("S", bound=Server)
 # nohup and the like ignore Ctrl-C, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Hypothesis' own of a laptop or of CI, but an example may take its time on a busy machine.
+settings.register_profile("farm", settings.default, deadline=None)
+settings.load_profile("farm")
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 A case is a function of a `Case`, which draws from `case.rng` and says in `case.told` what it made.
 It returns what became of it ("accepted", a code); whatever it raises is a finding, and so are more
-than `SLOW_S` seconds and a file outside the run's directory. A part of many cases runs in a process
-of its own, which may die: its parent knows the number of the case under way.
+than `SLOW_S` seconds, which a part may have of its own, and a file outside the run's directory. A
+part of many cases runs in a process of its own, which may die: its parent knows the number of the
+case under way.
 """
 
 from __future__ import annotations
@@ -94,12 +95,13 @@ def run(orders: Orders) -> Report:
     guard.enter()
     faulthandler.enable()
     module: Any = importlib.import_module(f"tests.fuzz.{orders.part}")
+    slow_s = getattr(module, "SLOW_S", SLOW_S)
     report, outcomes = Report(orders.part), Counter[str]()
     began = time.monotonic()
     try:
         with module.opened(guard.data, guard) as judge, guard.watching():
             for number in range(orders.first, orders.first + orders.cases):
-                outcomes[_one(orders, number, judge, guard, report)] += 1
+                outcomes[_one(orders, number, judge, guard, report, slow_s)] += 1
                 if len(report.findings) >= MOST_FINDINGS:
                     break
     except Exception:
@@ -116,16 +118,17 @@ def run(orders: Orders) -> Report:
 class _Clock:
     """Seconds of one case, without those in which others had the processor (Linux tells them)."""
 
-    def __init__(self) -> None:
+    def __init__(self, slow_s: float) -> None:
+        self._slow_s = slow_s
         self._began, self._waited = time.monotonic(), _waited_s()
         signal.signal(signal.SIGALRM, self._ring)
-        signal.setitimer(signal.ITIMER_REAL, SLOW_S)
+        signal.setitimer(signal.ITIMER_REAL, slow_s)
 
     def seconds(self) -> float:
         return time.monotonic() - self._began - (_waited_s() - self._waited)
 
     def _ring(self, *_: object) -> None:
-        left = SLOW_S - self.seconds()
+        left = self._slow_s - self.seconds()
         if left <= 0:
             raise Hang
         signal.setitimer(signal.ITIMER_REAL, max(left, 0.01))
@@ -139,17 +142,19 @@ def _waited_s() -> float:
         return 0.0
 
 
-def _one(orders: Orders, number: int, judge: Judge, guard: Guard, report: Report) -> str:
+def _one(
+    orders: Orders, number: int, judge: Judge, guard: Guard, report: Report, slow_s: float
+) -> str:
     """Run one case; what became of it. A finding is noted in the report."""
     _tell_number(orders.home, number)
     case = Case(random.Random(f"{orders.seed}/{orders.part}/{number}"))
-    clock, found = _Clock(), ""
+    clock, found = _Clock(slow_s), ""
     faulthandler.dump_traceback_later(STUCK_S, exit=True)
     try:
         outcome = judge(case)
     except Hang:
         outcome, found = "HANG", traceback.format_exc(limit=-FRAMES)
-        found = f"not done after {SLOW_S:g} s\n{found}"
+        found = f"not done after {slow_s:g} s\n{found}"
     except Exception:
         outcome, found = "FINDING", traceback.format_exc(limit=-FRAMES)
     finally:
