@@ -18,7 +18,7 @@ from tests.chaos.farm_under_fire import LANE, FarmUnderFire
 from tests.servers import PostgresServer, RedisServer, S3Server
 
 TTL_S = 6.0
-SPARE_S = 5.0
+SPARE_S = 15.0
 JOBS = 90
 
 

@@ -172,8 +172,8 @@ def test_cancel_is_seen_between_steps(sqlite_kit: FarmKit) -> None:
     until(lambda: kit.farm.job(f"{batch.id}/0").progress > 0, 30)
     began = time.monotonic()
     assert kit.farm.cancel(batch.id, 0) == (0, 1)
-    until(lambda: kit.farm.job(f"{batch.id}/0").state == "cancelled", 10)
-    assert time.monotonic() - began < 5, "50 s of steps were left"
+    until(lambda: kit.farm.job(f"{batch.id}/0").state == "cancelled", 30)
+    assert time.monotonic() - began < 15, "50 s of steps were left"
     assert kit.farm.wait(batch.id, 30).counts["succeeded"] == 1
 
 
