@@ -391,13 +391,13 @@ def test_silence_is_a_hang(make: Make, how: str) -> None:
 
 
 def test_a_long_render_with_steps_is_no_hang(make: Make) -> None:
-    child = make(timeout_s=1.0, seconds_per_step=0.3)
-    assert ends(list(child.render([spec(steps=6)]))) == {0: "rendered"}
+    child = make(timeout_s=2.0, seconds_per_step=0.3)
+    assert ends(list(child.render([spec(steps=8)]))) == {0: "rendered"}
 
 
 def test_decoding_has_a_limit_of_its_own(make: Make) -> None:
-    slow = {"seconds_per_step": 0.25, "seconds_to_decode": 1.5}
-    assert ends(list(make(timeout_s=1.0, **slow).render([spec(steps=2)]))) == {0: "rendered"}
+    slow = {"seconds_per_step": 0.25, "seconds_to_decode": 2.5}
+    assert ends(list(make(timeout_s=2.0, **slow).render([spec(steps=2)]))) == {0: "rendered"}
     child = make(timeout_s=60.0, decode_s=0.5, **slow)
     events = child.render([spec(steps=2)])
     told = r"silent for 0\.5 s while it decoded pictures, the most that decode_timeout_s"
