@@ -31,6 +31,7 @@ from farm.prompts import MAX_PICTURES
 from farm.spec import MAX_SEED
 
 _SPACE = MAX_SEED + 1
+_encode = json.JSONEncoder(sort_keys=True, default=str).encode
 
 
 class Place(NamedTuple):
@@ -94,11 +95,10 @@ def planned(recipe: Recipe, label: str = "") -> Iterator[Planned | RowError]:
             if type(n) is not int or not 1 <= n <= MAX_PICTURES:
                 yield RowError(line, "n", repr(n)[:60], f"a whole number from 1 to {MAX_PICTURES}")
                 continue
-            text = _text(row)
-            prompt = mark_of(f"{text} {alike.count(mark_of(text))}")
-            for mark, combination in zip(marks, combinations, strict=True):
+            prompt = (mark := mark_of(_text(row))) + alike.count(mark)
+            for which, combination in zip(marks, combinations, strict=True):
                 for picture in range(n):
-                    place = Place(prompt, mark, picture)
+                    place = Place(prompt, which, picture)
                     fields = _fields(recipe, seeds, place, combination | row)
                     yield Planned(line, fields, columns, place)
 
@@ -187,7 +187,7 @@ def _as(kind: type, value: Any) -> Value:
 def _text(row: Mapping[str, Any]) -> str:
     """What a prompt brings, but for its seed."""
     told = {name: value for name, value in row.items() if value is not None and name != "seed"}
-    return json.dumps(told, sort_keys=True, default=str)
+    return _encode(told)
 
 
 @contextmanager

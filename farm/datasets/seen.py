@@ -32,19 +32,17 @@ class Seen:
         place = self._place(mark)
         if self._rows[place]:
             return False
-        self._marks[place], self._rows[place] = mark, row + 1
-        self._n += 1
-        if 3 * self._n > 2 * len(self._rows):
-            self._grow()
+        self._take(place, mark, row)
         return True
 
     def count(self, mark: int) -> int:
         """How often the mark was counted before. A `Seen` that counts tells no rows."""
-        if self.add(mark, 0):
-            return 0
         place = self._place(mark)
-        self._rows[place] += 1
-        return self._rows[place] - 1
+        if n := self._rows[place]:
+            self._rows[place] = n + 1
+        else:
+            self._take(place, mark, 0)
+        return n
 
     def _place(self, mark: int) -> int:
         """Where the mark is, or will be."""
@@ -53,6 +51,12 @@ class Seen:
         while self._rows[place] and self._marks[place] != mark:
             place = (place + 1) & last
         return place
+
+    def _take(self, place: int, mark: int, row: int) -> None:
+        self._marks[place], self._rows[place] = mark, row + 1
+        self._n += 1
+        if 3 * self._n > 2 * len(self._rows):
+            self._grow()
 
     def _grow(self) -> None:
         marks, rows = self._marks, self._rows

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from hashlib import blake2b
+from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farm.datasets.seen import BYTES, Seen
+from farm.datasets.seen import Seen, mark_of
 
 
 def mark(number: int) -> int:
-    return int.from_bytes(blake2b(b"%d" % number, digest_size=BYTES).digest())
+    return mark_of(b"%d" % number)
 
 
 def test_ten_thousand_marks_grow_it_and_keep_their_first_rows() -> None:
@@ -31,3 +31,17 @@ def test_marks_that_want_one_place(numbers: list[int]) -> None:
         assert seen.add(told, row) is (told not in rows)
         rows.setdefault(told, row)
         assert seen.get(told) == rows[told]
+
+
+@given(st.lists(st.integers(0, 3), max_size=30))
+def test_marks_are_counted(numbers: list[int]) -> None:
+    seen, counts = Seen(), Counter[int]()
+    for number in numbers:
+        assert seen.count(number << 32) == counts[number]
+        counts[number] += 1
+
+
+def test_ten_thousand_marks_are_counted_while_it_grows() -> None:
+    seen = Seen()
+    for nth in range(3):
+        assert {seen.count(mark(number)) for number in range(10_000)} == {nth}
