@@ -44,7 +44,10 @@ def _host() -> str:
 
 def _remove_left(parent: Path, prefix: str, own: str) -> None:
     """Another host's goes by its age: not every network's disk shows its locks here."""
-    for folder in parent.glob(f"{prefix}*"):
+    for name in os.listdir(parent):
+        if not name.startswith(prefix):
+            continue
+        folder = parent / name
         with suppress(OSError):
             found = folder.lstat()
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():

@@ -681,6 +681,9 @@ def test_a_database_that_fails_again_and_again_is_waited_out(
     assert tell.troubles
 
 
+# Python itself leaves a directory open if Ctrl-C comes between os.scandir and its `with`.
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*ScandirIterator:Warning")
+@pytest.mark.filterwarnings("ignore:unclosed scandir iterator:ResourceWarning")
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("gates", [{}, {"blank": False, "exact_duplicates": False}])
 def test_ctrl_c_ends_a_run_whose_store_never_comes_back(
