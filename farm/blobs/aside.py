@@ -53,7 +53,7 @@ def _remove_left(parent: Path, prefix: str, own: str) -> None:
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
                 continue
             old = found.st_mtime < time.time() - OLD_S
-            if old or folder.name.startswith(own):
+            if old or name.startswith(own):
                 with _locked(folder) as free:
                     if free or (free is None and old):
                         shutil.rmtree(folder, ignore_errors=True)

@@ -172,9 +172,8 @@ class Recipe(Section):
     @property
     def models(self) -> list[Any]:
         """The models that it names; rows of a file may name others."""
-        sampled, listed = self.sampled.get("model"), self.prompts.lists.get("model")
-        some = [self.params.get("model")] + (listed if isinstance(listed, list) else [listed])
-        some += [*(sampled.each or sampled.choice or ())] if sampled else []
+        listed = self.prompts.lists.get("model")
+        some = [*self._given("model"), *(listed if isinstance(listed, list) else [listed])]
         return [one for one in some if one is not None]
 
     def gives(self, name: str, got: str) -> bool:
