@@ -13,10 +13,8 @@ Schedules have a thread of their own too: what is due is begun, and what runs is
 from __future__ import annotations
 
 import logging
-import os
 import random
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -118,7 +116,7 @@ class _Dispatcher:
         self._try = _Duties(self._note_fault).attempt
         self._lenient_until = 0.0
         self._looked_at = time.time()
-        self.name = f"{socket.gethostname()[:32]}:{os.getpid()}:{secrets.token_hex(4)}"
+        self.name = leases.holder_name()
         self.leads = False
 
     def run(self) -> None:

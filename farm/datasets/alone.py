@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +26,7 @@ def alone(db: Database, where: str, tell: Tell) -> Iterator[Callable[[], None]]:
     stood still for longer than TTL_S. Runs of a farm with another database are not seen.
     """
     name = f"dataset {hashlib.sha256(where.encode()).hexdigest()[:24]}"
-    holder = f"{socket.gethostname()[:40]}:{os.getpid()}:{secrets.token_hex(4)}"
+    holder = leases.holder_name()
     take = partial(_take, db, name, holder)
     told = False
     while not patiently(take, tell):

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import secrets
+import socket
+
 from sqlalchemy import Connection, and_, delete, or_, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from farm.store.tables import leases, now
 
 DISPATCHER = "dispatcher"  # the lease of the dispatcher that leads
+
+
+def holder_name() -> str:
+    """A name for whoever asks, of this process and like no other."""
+    return f"{socket.gethostname()[:32]}:{os.getpid()}:{secrets.token_hex(4)}"
 
 
 def take(connection: Connection, name: str, holder: str, ttl_s: float) -> bool:
