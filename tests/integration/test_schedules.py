@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from sqlalchemy import update
 
 from farm.config import Settings
 from farm.schedules import policy
@@ -21,7 +21,6 @@ from farm.store import schedules as store
 from farm.store.db import Database
 from farm.store.schedules import Run, Terms
 from farm.store.tables import clock
-from farm.store.tables import schedules as schedules_table
 from tests.farm_kit import FarmKit, until
 from tests.servers import has_ended
 from tests.store_kit import Kit
@@ -66,14 +65,23 @@ print(json.dumps({"batch": "0f9k2m4x7q3w5t8b", "whole": True, "counts": {"accept
 """
 
 
-def add(db: Database, recipe: Path | str = "/nightly.toml", cron: str = "0 2 * * *") -> str:
-    """A schedule whose last due time is not recorded yet."""
+NEVER = "0 0 29 2 *"  # not while a test runs
+
+
+def add(db: Database, recipe: Path | str = "/nightly.toml", cron: str = NEVER) -> str:
+    with db.write() as connection:
+        terms = Terms("nightly", str(recipe), cron, "UTC")
+        return policy.add(connection, terms, clock(connection)).id
+
+
+def add_due(db: Database) -> str:
+    """A schedule that became due within the last minute and is not so again for a year."""
     with db.write() as connection:
         at = clock(connection)
-        one = policy.add(connection, Terms("nightly", str(recipe), cron, "UTC"), at)
-        due = policy.next_due("* * * * *", "UTC", at - 60)
-        mine = update(schedules_table).values(next_due=due)
-        connection.execute(mine.where(schedules_table.c.id == one.id))
+        due = at - at % 60
+        cron = datetime.fromtimestamp(due, UTC).strftime("%M %H %d %m *")
+        one = policy.add(connection, Terms("nightly", "/nightly.toml", cron, "UTC"), due - 60)
+    assert one.next_due == due
     return one.id
 
 
@@ -93,7 +101,6 @@ def test_the_dispatcher_makes_a_dataset(kit: FarmKit, tmp_path: Path) -> None:
     recipe.write_text(RECIPE, encoding="utf-8")
     schedule_id = add(kit.farm.db, recipe)
     with kit.farm.db.write() as connection:
-        policy.resume(connection, store.find(connection, "nightly"), clock(connection))
         policy.ask(connection, store.find(connection, "nightly"), clock(connection))
     kit.worker()
     kit.dispatcher()
@@ -113,7 +120,7 @@ def test_a_killed_dispatchers_run_is_taken_over_and_ended_once(
 ) -> None:
     folder = tmp_path / "runs"
     folder.mkdir()
-    schedule_id = add(kit.farm.db, cron="* * * * *")
+    schedule_id = add_due(kit.farm.db)
 
     def dispatcher(name: str) -> subprocess.Popen[bytes]:
         return kit.run("-c", DISPATCHER, RUN, str(folder), name=name)
