@@ -131,7 +131,7 @@ class FarmKit:
 
         assert stored() >= keys
         if not orphans:
-            until(lambda: stored() == keys, 5)
+            until(lambda: stored() == keys, 30)
 
     def __enter__(self) -> FarmKit:
         return self
@@ -146,7 +146,7 @@ class FarmKit:
             process.send_signal(signal.SIGCONT)
             process.kill()
         for process in self.processes:
-            process.wait(10)
+            process.wait(30)
         self.farm.close()
         if error:
             for path in sorted(self.home.glob("*.log")):

@@ -65,4 +65,4 @@ class Up:
             for child in left:
                 with suppress(psutil.NoSuchProcess):
                     child.kill()
-        self.process.wait(10)
+        self.process.wait(30)

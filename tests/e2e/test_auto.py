@@ -58,7 +58,7 @@ def test_it_goes_where_the_work_is(tmp_path: Path, redis_url: str, database_url:
         assert below
         auto.send_signal(signal.SIGTERM)
         assert auto.wait(30) == 0
-        until(lambda: not any(child.is_running() for child in below), 10)
+        until(lambda: not any(child.is_running() for child in below), 30)
         assert workers(kit) == []
 
 

@@ -73,6 +73,6 @@ def test_the_page(kit: FarmKit, served: tuple[str, dict[str, str]], tmp_path: Pa
     assert len(list((there / "pictures").glob("*.png"))) == 4
     server = kit.processes[-1]
     server.send_signal(signal.SIGTERM)
-    assert server.wait(20) == 0, kit.log("serve")
+    assert server.wait(30) == 0, kit.log("serve")
     secret = env["FARM_TOKEN"].rpartition("_")[2]
     assert secret not in kit.log("serve")

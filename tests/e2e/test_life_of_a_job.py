@@ -109,8 +109,8 @@ def test_kill_during_a_render(kit: FarmKit, victim: str) -> None:
     else:
         child = engine_child(worker)
         worker.kill()
-        until(lambda: has_ended(child), 5)
-        worker.wait(5)
+        until(lambda: has_ended(child), 30)
+        worker.wait(30)
         kit.worker()
     status = kit.farm.wait(batch.id, 60)
     assert status.counts["succeeded"] == 40
@@ -134,7 +134,7 @@ def test_a_succeeded_job_always_has_its_object(kit: FarmKit) -> None:
             assert job.object_key
             assert kit.farm.blobs.stat(job.object_key)
         worker.kill()
-        worker.wait(5)
+        worker.wait(30)
     kit.worker()
     assert kit.farm.wait(batch.id, 60).counts["succeeded"] == 200
 
@@ -145,7 +145,7 @@ def test_sigterm_drains_and_counts_no_failure(kit: FarmKit) -> None:
                             model="fake-one")  # fmt: skip
     until(lambda: kit.farm.status(batch.id).counts["succeeded"] >= 8, 30)
     worker.send_signal(signal.SIGTERM)
-    assert worker.wait(15) == 0
+    assert worker.wait(30) == 0
     status = kit.farm.status(batch.id)
     assert status.counts["running"] == status.counts["failed"] == 0
     assert status.counts["queued"] > 0
@@ -160,7 +160,7 @@ def test_sigterm_longer_than_the_grace_gives_the_job_back(tmp_path: Path, redis_
         batch = kit.farm.submit([{"prompt": "long", "steps": 500}], model="fake-slow")
         until(lambda: kit.farm.job(f"{batch.id}/0").started_at is not None, 30)
         worker.send_signal(signal.SIGTERM)
-        assert worker.wait(15) == 0
+        assert worker.wait(30) == 0
         job = kit.farm.job(JobRef(batch.id, 0))
         assert (job.state, job.failures) == ("queued", 0)
 
@@ -208,7 +208,7 @@ def test_a_worker_whose_session_was_lost_records_nothing(sqlite_kit: FarmKit) ->
     done = kit.farm.job(f"{batch.id}/0")
     for process in (child, ghost):
         process.send_signal(signal.SIGCONT)
-    until(lambda: ghost.pid in kit.live(), 20)
+    until(lambda: ghost.pid in kit.live(), 30)
     until(lambda: "given to another" in kit.log("worker-fake-slow")
          or "was lost" in kit.log("worker-fake-slow"), 20)  # fmt: skip
     assert kit.farm.job(f"{batch.id}/0") == done
@@ -226,7 +226,7 @@ def test_redis_away_loses_nothing_and_says_so(
     try:
         batch = kit.farm.submit(["during"], model="fake-one")
         assert "does not answer" in caplog.text
-        until(lambda: "does not answer" in kit.log("dispatcher"), 20)
+        until(lambda: "does not answer" in kit.log("dispatcher"), 30)
         assert kit.farm.wait(batch.id, 60).counts["succeeded"] == 1, "its worker looks for itself"
     finally:
         redis_server.start()
@@ -246,7 +246,7 @@ def test_database_away_loses_nothing(
         until(lambda: kit.farm.status(batch.id).counts["succeeded"] >= 4, 30)
         postgres_server.stop()
         try:
-            until(lambda: "does not answer" in kit.log("dispatcher"), 20)
+            until(lambda: "does not answer" in kit.log("dispatcher"), 30)
             away = subprocess.run(
                 [sys.executable, "-m", "farm", "status"], env=kit.env, capture_output=True,
                 text=True, timeout=60, check=False,

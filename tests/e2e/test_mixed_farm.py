@@ -139,7 +139,7 @@ def test_two_lanes_share_one_backlog_by_their_speed(tmp_path: Path) -> None:
         assert set(counts) == {"diffusers", "sdcpp"}
         means = {e: mean(j.render_s or 0.0 for j in jobs if j.engine == e) for e in counts}
         heard = PICTURES + len(asked)  # with the next heartbeat
-        until(lambda: sum(w.rendered for w in both.workers().values()) == heard, 20)
+        until(lambda: sum(w.rendered for w in both.workers().values()) == heard, 30)
         told = {engine: w.seconds_per_picture for engine, w in both.workers().items()}
         print(f"pictures {dict(counts)}, seconds a picture {means}, as the workers tell {told}")
         split = counts["diffusers"] / counts["sdcpp"]

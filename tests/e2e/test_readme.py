@@ -43,7 +43,7 @@ def up(tmp_path: Path, env: dict[str, str]) -> Iterator[None]:
         assert farm.wait(60) in (0, 130), told()
     finally:
         farm.kill()
-        farm.wait(10)
+        farm.wait(30)
 
 
 def test_daily_commands_and_python(tmp_path: Path, env: dict[str, str], up: None) -> None:

@@ -80,7 +80,7 @@ def test_kill_during_a_real_render(kit: FarmKit, victim: str) -> None:
         engine_child(worker).kill()
     else:
         worker.kill()
-        worker.wait(5)
+        worker.wait(30)
         kit.worker("shapes", "diffusers", "--threads", "1", "--strict")
     status = kit.farm.wait(batch.id, 180)
     assert status.counts["succeeded"] == 24

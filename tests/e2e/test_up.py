@@ -97,7 +97,7 @@ def test_it_renders_and_stops_all_when_asked(
     assert len(children) >= 3
     up.process.send_signal(signum)
     assert up.process.wait(30) == 0, up.text()
-    poll(lambda: gone(children), "the children's end", 5)
+    poll(lambda: gone(children), "the children's end", 30)
     assert not (home / "broker.sock").exists()
     assert "stopped" in up.text()
 
@@ -107,8 +107,8 @@ def test_killed_it_leaves_no_process_behind_and_starts_again(home: Path, started
     started.append(up)
     children = up.until_ready().children()
     up.process.kill()
-    up.process.wait(10)
-    poll(lambda: gone(children), "the children's end", 20)
+    up.process.wait(30)
+    poll(lambda: gone(children), "the children's end", 30)
     again = Up(home, "--no-worker")
     started.append(again)
     poll(lambda: again.text().count("ready; ") == 2 or again.over(), "farm up", START_S)
@@ -163,10 +163,10 @@ def test_a_second_interrupt_does_not_wait_for_pictures(home: Path, started: list
         poll(lambda: farm.status(batch).counts["running"] > 0, "a render", 30)
         children = up.children()
         up.process.send_signal(signal.SIGINT)
-        poll(lambda: "stopping" in up.text(), "its word", 10)
+        poll(lambda: "stopping" in up.text(), "its word", 30)
         up.process.send_signal(signal.SIGINT)
-        up.process.wait(10)
-        poll(lambda: gone(children), "the children's end", 10)
+        up.process.wait(30)
+        poll(lambda: gone(children), "the children's end", 30)
         assert farm.status(batch).open > 0
 
 
@@ -226,10 +226,10 @@ def test_a_server_that_outlived_its_farm_makes_way(home: Path) -> None:
     with (home / "stale.log").open("wb") as log:
         stale = subprocess.Popen([str(word) for word in argv], stdout=log, stderr=log)
     try:
-        poll(lambda: local_broker.answers(settings.broker_socket), "the stale server", 10)
+        poll(lambda: local_broker.answers(settings.broker_socket), "the stale server", 30)
         with EmbeddedFarm(settings) as up:
-            assert stale.wait(10) == 0
+            assert stale.wait(30) == 0
             assert up.pids()["broker"] != stale.pid
     finally:
         stale.kill()
-        stale.wait(10)
+        stale.wait(30)

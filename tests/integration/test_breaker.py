@@ -62,7 +62,7 @@ def told(lone: LoneRunner) -> sessions.Worker:
         found[:] = lone.farm.workers()
         return bool(found)
 
-    until(looked, 10)
+    until(looked, 30)
     (one,) = found
     return one
 
@@ -90,7 +90,7 @@ def test_a_bad_worker_rests_and_comes_back_when_it_is_well(
         assert 0 < failures <= breaker.MOST_FAILURES + UNDER_WAY
         lost = failures if mood_word == "!oom" else 0  # no worker has more memory
         assert (done["succeeded"], done["failed"]) == (30 - lost, lost)
-        until(lambda: told(lone).state == "idle", 10)
+        until(lambda: told(lone).state == "idle", 30)
         with lone.farm.db.read() as connection:
             assert sessions.live_lanes(connection) == {LANE: 1}
 
@@ -107,7 +107,7 @@ def test_no_healthy_worker_is_lost_to_a_batch_of_bad_jobs(
         assert lone.farm.status(bad.id).counts["failed"] == 20
         assert lone.farm.status(good.id).counts["succeeded"] == 20
         lone.work(lone.farm.submit(["well"], model="fake-fast"))  # a picture after the last failure
-        until(lambda: told(lone).state == "idle" and not told(lone).note, 10)
+        until(lambda: told(lone).state == "idle" and not told(lone).note, 30)
         assert {job.failures for job in lone.farm.jobs(bad.id)} == {FAST["max_failures"]}
 
 
@@ -133,7 +133,7 @@ def test_a_model_whose_files_were_changed_ends_the_worker(tmp_path: Path) -> Non
         batch = lone.farm.submit(["!crash", "p1", "p2"], model="fake-fast")
         lone.runner.work()
         assert lone.runner.broken.is_set()
-        until(lambda: lone.farm.status(batch.id).counts["queued"] == 3, 10)
+        until(lambda: lone.farm.status(batch.id).counts["queued"] == 3, 30)
 
 
 def test_a_rest_is_told_and_a_stop_ends_it(
@@ -169,14 +169,14 @@ def test_a_worker_whose_upload_hangs_claims_no_more_and_goes_on_after_it(
         lone.runner.work()
         one = lone.farm.submit(["p"], model="fake-fast")
         lone.runner.work()
-        until(lambda: "an upload has taken" in told(lone).note, 20)
+        until(lambda: "an upload has taken" in told(lone).note, 30)
         assert told(lone).state == "waiting"
         more = lone.farm.submit([f"p{i}" for i in range(5)], model="fake-fast")
         with at_work(lone, more):
-            until(lambda: "no more is claimed" in told(lone).note, 10)
+            until(lambda: "no more is claimed" in told(lone).note, 30)
             assert lone.farm.status(more.id).counts["queued"] == 5
             gate.set()
-        until(lambda: lone.farm.status(one.id).counts["succeeded"] == 1, 10)
+        until(lambda: lone.farm.status(one.id).counts["succeeded"] == 1, 30)
 
 
 def test_a_worker_whom_the_store_refuses_claims_no_more_until_it_is_let_in(
@@ -194,14 +194,14 @@ def test_a_worker_whom_the_store_refuses_claims_no_more_until_it_is_let_in(
         monkeypatch.setattr(lone.farm.blobs, "put", refuses)
         one = lone.farm.submit(["p"], model="fake-fast")
         lone.runner.work()
-        until(lambda: "wrong credentials; no more is claimed" in told(lone).note, 20)
+        until(lambda: "wrong credentials; no more is claimed" in told(lone).note, 30)
         assert told(lone).state == "waiting"
         more = lone.farm.submit([f"p{i}" for i in range(5)], model="fake-fast")
         with at_work(lone, more):
-            until(lambda: told(lone).spooled == 1, 10)
+            until(lambda: told(lone).spooled == 1, 30)
             assert lone.farm.status(more.id).counts["queued"] == 5
             let_in.set()
-        until(lambda: lone.farm.status(one.id).counts["succeeded"] == 1, 10)
+        until(lambda: lone.farm.status(one.id).counts["succeeded"] == 1, 30)
 
 
 def test_a_lost_session_is_told_once_and_no_job_is_called_cancelled(
@@ -211,8 +211,8 @@ def test_a_lost_session_is_told_once_and_no_job_is_called_cancelled(
     with LoneRunner(tmp_path / "home", lane=slow, session_ttl_s=2.0) as lone:
         batch = lone.farm.submit(["p"], model=slow.model)
         with at_work(lone, batch):
-            until(lambda: lone.farm.status(batch.id).counts["running"] == 1, 20)
-            until(lambda: told(lone).state == "rendering", 20)
+            until(lambda: lone.farm.status(batch.id).counts["running"] == 1, 30)
+            until(lambda: told(lone).state == "rendering", 30)
             with lone.farm.db.write() as connection:
                 sessions.close(connection, told(lone).id)
         codes = [event["code"] for event in lone.farm.history(JobRef(batch.id, 0))]

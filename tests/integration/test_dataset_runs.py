@@ -413,7 +413,7 @@ def test_a_second_run_waits_for_the_first(idle: LoneRunner, tmp_path: Path) -> N
     first, second = Hearing(""), Hearing("another run writes to")
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(run, idle.farm, told, tell=first)
-        until(lambda: idle.farm.batches(), 20)
+        until(lambda: idle.farm.batches(), 30)
         other = pool.submit(run, idle.farm, told, redrive=True, tell=second)
         assert second.heard.wait(20)
         assert not other.done()
@@ -432,10 +432,10 @@ def test_a_run_that_lost_its_place_writes_no_more(
     told = recipe(tmp_path / "sets", **SMALL)
     with ThreadPoolExecutor(1) as pool:
         one = pool.submit(run, idle.farm, told, tell=Quiet())
-        until(lambda: idle.farm.batches(), 20)
+        until(lambda: idle.farm.batches(), 30)
         with idle.farm.db.write() as connection:
             connection.execute(update(leases_table).values(holder="x", expires_at=2.0**40))
-        until(lambda: not any(t.name == "dataset-lease" for t in threading.enumerate()), 20)
+        until(lambda: not any(t.name == "dataset-lease" for t in threading.enumerate()), 30)
         with idle.working(), pytest.raises(Invalid, match="taken over"):
             one.result(60)
     assert not list((tmp_path / "sets" / "out").glob("webdataset/*"))

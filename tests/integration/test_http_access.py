@@ -127,7 +127,7 @@ def test_the_last_use_is_noted(kit: HttpKit) -> None:
             [used] = [t for t in tokens.known(connection) if t.id == token.split("_")[1]]
         return used.last_used_at is not None
 
-    until(is_noted, 10)  # after the answer, so as not to hold it up
+    until(is_noted, 30)  # after the answer, so as not to hold it up
 
 
 def test_without_tokens_only_this_machine_is_served(tmp_path: Path, redis_url: str) -> None:

@@ -136,7 +136,7 @@ def test_a_stop_ends_waits_and_streams(kit: HttpKit) -> None:
     with ThreadPoolExecutor(2) as pool:
         wait = pool.submit(kit.http.get, f"/v1/batches/{batch}", params={"wait": 60})
         stream = pool.submit(follow)
-        assert first.wait(10)
+        assert first.wait(30)
         kit.server.stop()
         assert wait.result().json()["done"] is False
         assert "event: done" not in stream.result()

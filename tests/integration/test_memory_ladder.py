@@ -68,12 +68,12 @@ def test_a_worker_gives_up_what_it_must_shows_it_and_the_next_begins_with_it(kit
     assert log.count("rung 1 from now on") == 1
     assert "rung 2" not in log
     note = "short of memory: micro-batches of 1, rung 1"
-    until(lambda: worker_of(kit, first.pid).note == note, 10)
+    until(lambda: worker_of(kit, first.pid).note == note, 30)
     assert worker_of(kit, first.pid).memory == PICTURE // 2
     first.kill()
-    first.wait(10)
+    first.wait(30)
     second = kit.worker("tight", "fake", *limit(PICTURE / 2))
-    until(lambda: worker_of(kit, second.pid).note == note, 10)
+    until(lambda: worker_of(kit, second.pid).note == note, 30)
     batch = kit.farm.submit(["a dog"], n=6, model="tight")
     assert kit.farm.wait(batch.id, 30).counts["succeeded"] == 6
     assert kit.log("worker-tight").count("out of memory") == 3, "it learnt nothing anew"
@@ -90,7 +90,7 @@ def test_what_one_worker_cannot_hold_another_renders(kit: FarmKit) -> None:
     assert kit.farm.wait(batch.id, 30).counts["succeeded"] == 12
     assert [job.failures for job in kit.farm.jobs(batch.id)] == [0] * 12
     kit.assert_whole(batch.id)
-    until(lambda: sum(w.rendered for w in kit.farm.workers()) == 12, 10)
+    until(lambda: sum(w.rendered for w in kit.farm.workers()) == 12, 30)
     assert worker_of(kit, large.pid).rendered >= 6, "the six large ones fit nowhere else"
     told = [event for job in kit.farm.jobs(batch.id) for event in kit.farm.history(job.ref)]
     # five too large ones in a row, and the small worker tests itself: the rest it gives back
@@ -110,7 +110,7 @@ def test_what_fits_nowhere_fails_with_all_that_was_tried(kit: FarmKit) -> None:
     assert all("512x512 is too large" in (job.error or "") for job in others)
     batch = kit.farm.submit(["small"], n=4, model="tight")
     assert kit.farm.wait(batch.id, 30).counts["succeeded"] == 4
-    until(lambda: "nothing of 262144 pixels or more" in worker_of(kit, worker.pid).note, 10)
+    until(lambda: "nothing of 262144 pixels or more" in worker_of(kit, worker.pid).note, 30)
     assert "micro-batches" not in worker_of(kit, worker.pid).note, "given up in vain"
 
 

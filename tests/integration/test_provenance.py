@@ -119,7 +119,7 @@ def test_no_job_fails_when_the_certificate_expires(lone: LoneRunner) -> None:
     (claim,) = lone.runner._claims.next(1)
     signer.until = datetime.now(UTC)
     lone.runner._keeper.keep(claim, np.zeros((64, 64, 3), np.uint8), 0.1)
-    poll(lambda: lone.farm.status(batch.id).counts["queued"] == 1, "the job goes back", 20)
+    poll(lambda: lone.farm.status(batch.id).counts["queued"] == 1, "the job goes back", 30)
     (job,) = lone.farm.jobs(batch.id)
     assert job.failures == 0
     assert "expired on" in (job.error or "")

@@ -139,7 +139,7 @@ def test_a_killed_dispatchers_run_is_taken_over_and_ended_once(
     assert second.name.startswith(f"{label}.")
     (left,) = both.values()
     left.send_signal(signal.SIGTERM)
-    assert left.wait(20) == 0
+    assert left.wait(30) == 0
     given_back = runs(kit.farm.db, schedule_id)[-1]
     assert (given_back.state, given_back.why) == ("pending", "given back by its dispatcher")
     (folder / "go").touch()
@@ -177,7 +177,7 @@ def ended(db: Database, home: Path, command: Sequence[str]) -> Run:
 
     with db.write() as connection:
         policy.ask(connection, store.find(connection, "nightly"), clock(connection))
-    until(over, 20)
+    until(over, 30)
     return runs(db, schedule_id)[0]
 
 

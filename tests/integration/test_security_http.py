@@ -251,7 +251,7 @@ def test_so_many_wait_at_once_and_no_more(tmp_path: Path, redis_url: str) -> Non
             with kit.http.stream("GET", f"{path}/events", headers=mine) as stream:
                 lines = stream.iter_lines()
                 next(lines)
-                until(lambda: sum(held.values()) == 2, 10)
+                until(lambda: sum(held.values()) == 2, 30)
                 for waits in (f"{path}?wait=1", f"{path}/events", f"/v1/jobs/{batch}/0?wait=1"):
                     refused = http.get(waits, headers=mine)
                     assert (refused.status_code, refused.headers["retry-after"]) == (429, "5")
@@ -259,7 +259,7 @@ def test_so_many_wait_at_once_and_no_more(tmp_path: Path, redis_url: str) -> Non
                 assert http.get(f"{path}?wait=0.1", headers=other).status_code == 200
             kit.farm.cancel(batch)
             assert poll.result().json()["done"]
-        until(lambda: not held, 10)
+        until(lambda: not held, 30)
 
 
 def test_few_bodies_of_one_client_come_at_once(
@@ -270,7 +270,7 @@ def test_few_bodies_of_one_client_come_at_once(
 
     def slow() -> Iterator[bytes]:
         yield b"a\n"
-        until(lambda: kit.server.here.uploads._held, 10)
+        until(lambda: kit.server.here.uploads._held, 30)
         refused = httpx.post(f"{kit.url}/v1/batches", content=b"a\n", headers=headers)
         assert refused.status_code == 429
         yield b"b\n"
@@ -318,7 +318,7 @@ def test_a_head_that_does_not_come_is_not_waited_for(
     again = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
     assert raw(kit, again, b"GET /he").startswith(b"HTTP/1.1 200")
     assert time.monotonic() - began < 20
-    until(lambda: not kit.server.server_state.connections, 10)
+    until(lambda: not kit.server.server_state.connections, 30)
     batch = kit.farm.submit(["a"]).id  # what is under way is not cut off
     params, headers = {"wait": 3.0}, bearer(kit.token("read"))
     assert kit.http.get(f"/v1/batches/{batch}", params=params, headers=headers).status_code == 200
@@ -338,7 +338,7 @@ def test_a_drip_is_no_body(kit: HttpKit, monkeypatch: pytest.MonkeyPatch) -> Non
         answer = kit.http.post("/v1/batches", content=drip(), headers=headers)
         assert answer.status_code == 408
     assert kit.farm.batches() == []
-    until(lambda: not kit.server.here.uploads._held, 10)
+    until(lambda: not kit.server.here.uploads._held, 30)
 
 
 def test_heads_are_bounded(kit: HttpKit) -> None:
