@@ -11,7 +11,7 @@ import typer
 
 from farm.cli.context import Json, examples, open_farm, settings
 from farm.cli.output import hint, note, plural, print_json, print_line
-from farm.errors import Invalid
+from farm.errors import Invalid, InvalidConfig
 
 if TYPE_CHECKING:
     from farm.blobs import BlobStore
@@ -30,6 +30,7 @@ Priority = Annotated[
     int | None, typer.Option(help="Instead of the recipe's; larger goes first.", show_default=False)
 ]
 _PLACE = "A dataset's place (a directory or s3:// URL), or the recipe that says it."
+_TO = "A directory, an s3:// URL, or hf://datasets/OWNER/NAME, a repository of the model hub."
 Place = Annotated[str, typer.Argument(metavar="DATASET", help=_PLACE)]
 
 
@@ -251,27 +252,47 @@ def verify(where: Place, label: Label = "", as_json: Json = False) -> None:
     epilog=examples(
         "farm dataset publish dataset.toml s3://public/shapes",
         "farm dataset publish s3://sets/shapes ./shapes",
+        "farm dataset publish dataset.toml hf://datasets/me/shapes --private",
     )
 )
 def publish(
     where: Place,
-    to: Annotated[str, typer.Argument(metavar="TO", help="A directory or s3:// URL.")],
+    to: Annotated[str, typer.Argument(metavar="TO", help=_TO)],
     label: Label = "",
+    private: Annotated[
+        bool, typer.Option("--private", help="A hub's repository that is made now is private.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Copy a finished dataset, each file checked on its way, the manifest last.
 
-    What lies there already, to the byte, is not copied again.
+    What lies there already, to the byte, is not copied again. A hub gets it in one commit, or in a
+    few if it has more than 1,000 files; HF_TOKEN, or `hf auth login`, must allow to write there.
     """
     from farm.cli.dataset_view import copying
     from farm.datasets.publish import publish as copy
 
-    with _place(where, label) as (place, shown), _place(to, "") as (target, _), copying() as done:
-        copy(place, shown, target, done)
+    hub, url = to.startswith("hf://"), ""
+    if private and not hub:
+        raise Invalid("--private is for a repository of the hub, hf://datasets/OWNER/NAME")
+    with _place(where, label) as (place, shown), copying() as done:
+        if hub:
+            from farm.cli.weights import hub_token
+
+            try:
+                from farm.datasets.hub import publish_to_hub
+            except ImportError:
+                raise InvalidConfig(f"{to} needs: pip install 'renderfarm[dataset]'") from None
+            url = publish_to_hub(place, shown, to, settings().hub_url, hub_token(), private, done)
+        else:
+            with _place(to, "") as (target, _):
+                copy(place, shown, target, done)
     if as_json:
-        print_json(done.as_dict() | {"to": to})
+        print_json(done.as_dict() | {"to": to} | ({"url": url} if url else {}))
     else:
         note(f"{plural(done.copied, 'file')} copied to {to}, {done.kept:,} were there")
+        if url:
+            print_line(url)
 
 
 @dataset.command(

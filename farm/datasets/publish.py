@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 
 from farm.blobs import BlobStore
 from farm.datasets.manifest import files_of, manifest_of
@@ -39,17 +40,22 @@ def publish(
     target.put(MANIFEST, source.get(MANIFEST), content_type(MANIFEST))
 
 
-def _copy(source: BlobStore, file: File, target: BlobStore) -> None:
+def fetch(source: BlobStore, file: File, path: Path) -> None:
+    """One file of a dataset to `path`. Raises BlobDamaged when it is not what was written."""
     digest = hashlib.sha256()
+    with path.open("wb") as out:
+        for chunk in source.chunks(file.key):
+            digest.update(chunk)
+            out.write(chunk)
+    if digest.hexdigest() != file.sha256:
+        raise BlobDamaged(
+            f"{file.key} is not what was written; `farm dataset verify` tells all such files, "
+            "and `farm dataset run` writes them anew"
+        )
+
+
+def _copy(source: BlobStore, file: File, target: BlobStore) -> None:
     with target.aside() as folder:
         path = folder / "file"
-        with path.open("wb") as out:
-            for chunk in source.chunks(file.key):
-                digest.update(chunk)
-                out.write(chunk)
-        if digest.hexdigest() != file.sha256:
-            raise BlobDamaged(
-                f"{file.key} is not what was written; `farm dataset verify` tells all such files, "
-                "and `farm dataset run` writes them anew"
-            )
+        fetch(source, file, path)
         target.put_files([(file.key, path, content_type(file.key))])
