@@ -6,7 +6,6 @@ import argparse
 import logging
 import os
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from celery.platforms import SecurityWarning
 from celery.worker import state as celery_state
 
 from farm import logs
+from farm.blobs.aside import aside
 from farm.broker import TASK
 from farm.catalog import Catalog, Lane, load_catalog
 from farm.config import load_settings
@@ -60,16 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; 0 after a clean drain, 1 when the engine cannot run."""
     args = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until Celery takes over
-    logs = Path(tempfile.mkdtemp(prefix="farm-worker-"))
     try:
-        return _serve(args, logs / "engine.log")
+        with aside(Path(tempfile.gettempdir()), "farm-worker-") as folder:
+            return _serve(args, folder / "engine.log")
     except FarmError as error:
         print(f"error: {error.message} ({error.code})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    finally:
-        shutil.rmtree(logs, ignore_errors=True)
 
 
 def _serve(args: argparse.Namespace, engine_log: Path) -> int:
@@ -111,7 +109,6 @@ def _serve(args: argparse.Namespace, engine_log: Path) -> int:
         try:
             runner.close()
             farm.close()
-            shutil.rmtree(engine_log.parent, ignore_errors=True)
         finally:  # a worker that is half closed would serve nobody, and not end
             if runner.is_asked_to_stop:
                 os._exit(0)

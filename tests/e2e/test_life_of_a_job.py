@@ -100,6 +100,9 @@ def test_flush_while_idle_loses_nothing(kit: FarmKit, redis_server: RedisServer)
 
 @pytest.mark.parametrize("victim", ["child", "worker"])
 def test_kill_during_a_render(kit: FarmKit, victim: str) -> None:
+    aside = kit.home / "aside"
+    aside.mkdir()
+    kit.env["TMPDIR"] = str(aside)
     kit.dispatcher()
     worker = kit.worker()
     batch = kit.farm.submit([{"prompt": f"p{i}", "steps": 60} for i in range(40)], model="fake-one")
@@ -112,6 +115,7 @@ def test_kill_during_a_render(kit: FarmKit, victim: str) -> None:
         until(lambda: has_ended(child), 30)
         worker.wait(30)
         kit.worker()
+    assert len(list(aside.glob("farm-worker-*"))) == 1, "what a killed worker left is gone"
     status = kit.farm.wait(batch.id, 60)
     assert status.counts["succeeded"] == 40
     kit.assert_whole(batch.id, orphans=victim == "worker")
