@@ -119,7 +119,7 @@ class FarmKit:
     def assert_whole(self, batch_id: str, *, orphans: bool = False) -> None:
         """Every succeeded job has its object with its hash; soon no other is there.
 
-        `orphans`: a worker killed between storing and recording may have left some.
+        `orphans`: a worker that ended between storing and recording may have left some.
         """
         keys = set()
         for job in self.farm.pictures(batch_id):
