@@ -129,9 +129,7 @@ class FarmKit:
         def stored() -> set[str]:
             return {blob.key for blob in self.farm.blobs.list(f"pictures/{batch_id}/")}
 
-        assert stored() >= keys
-        if not orphans:
-            until(lambda: stored() == keys, 30)
+        until(lambda: stored() >= keys if orphans else stored() == keys, 30)
 
     def __enter__(self) -> FarmKit:
         return self

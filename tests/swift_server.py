@@ -32,6 +32,9 @@ log_level = WARNING
 pipeline = {kind}-server
 [app:{kind}-server]
 use = egg:swift#{kind}
+conn_timeout = 30
+node_timeout = 30
+container_update_timeout = 60
 """
 
 PROXY_CONF = """\
@@ -44,6 +47,7 @@ pipeline = catch_errors gatekeeper healthcheck listing_formats bulk s3api tempau
 use = egg:swift#proxy
 account_autocreate = true
 allow_account_management = true
+conn_timeout = 30
 node_timeout = 30
 [filter:catch_errors]
 use = egg:swift#catch_errors
@@ -90,8 +94,8 @@ def listen(eventlet: Any, root: Path) -> dict[str, Any]:
     """Bind every server first, so that the rings can name real ports."""
     saved = root / "port"
     port = int(saved.read_text()) if saved.exists() else 0
-    sockets = {kind: eventlet.listen(("127.0.0.1", 0)) for kind in BACKENDS}
-    sockets["proxy"] = eventlet.listen(("127.0.0.1", port))
+    sockets = {"proxy": eventlet.listen(("127.0.0.1", port))}
+    sockets |= {kind: eventlet.listen(("127.0.0.1", 0)) for kind in BACKENDS}
     for kind in BACKENDS:
         write_ring(root, kind, sockets[kind].getsockname()[1])
     partial = root / "port.new"

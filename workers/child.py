@@ -184,9 +184,10 @@ class Child:
 
     def kill(self) -> None:
         """End the process at once; harmless when there is none. Safe from any thread."""
-        if self._process and self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        process = self._process
+        if process and process.is_alive():
+            process.kill()
+            process.join()
 
     def close(self) -> None:
         """Let the engine release its model and end; killed if it has not after 5 s."""

@@ -174,9 +174,17 @@ def _run_auto(conf: Settings, lanes: list[Lane], flags: WorkerFlags) -> None:
 
 
 def _stop_on_signals() -> threading.Event:
+    """What SIGINT and SIGTERM set, by a thread: the main one may just then hold its lock."""
     stop = threading.Event()
+    read, write = os.pipe()
+
+    def wait() -> None:
+        os.read(read, 1)
+        stop.set()
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda *_: stop.set())
+        signal.signal(signum, lambda *_: os.write(write, b"."))
     return stop
 
 

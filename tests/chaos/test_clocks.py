@@ -19,7 +19,7 @@ from tests.servers import PostgresServer, RedisServer, S3Server
 
 TTL_S = 6.0
 SPARE_S = 15.0
-JOBS = 90
+JOBS = 150
 
 
 def clock(by: str) -> dict[str, str]:

@@ -68,7 +68,7 @@ def test_a_worker_that_ends_in_an_outage_leaves_its_pictures_to_the_next(
         until(lambda: _spooled(kit) >= n // 2, 60)
         first.send_signal(how)
         assert first.wait(30) == (0 if how == signal.SIGTERM else -9)
-        found = len(list((kit.home / "spool").glob("*/*/*-*-*")))
+        found = len(list((kit.home / "spool").glob("*/*/[!.]*-*-*")))
         assert found >= n // 2
         second = kit.worker()
         s3_server.start()
@@ -77,7 +77,7 @@ def test_a_worker_that_ends_in_an_outage_leaves_its_pictures_to_the_next(
         again = _rendered_by(kit, second)
         print(f"{how.name}: {found} pictures in the spool, {again} of {n} rendered by the next")
         assert again == n - found
-        assert not list((kit.home / "spool").glob("*/*/*-*-*"))
+        assert not list((kit.home / "spool").glob("*/*/[!.]*-*-*"))
         kit.assert_whole(batch.id)
         if how == signal.SIGTERM:
             assert all(job.failures == 0 for job in kit.farm.jobs(batch.id))

@@ -77,10 +77,11 @@ def stage(
         prompts={"file": "prompts.jsonl", "keep": {"id": "int"}},
         params={"model": MODEL, "guidance_scale": {"choice": [3, 5.5]}},
     )
+    told |= {"max_failures": 1, "session_ttl_s": 30}  # no worker is lost here
     options = s3.options() if s3 else None
     where = out if s3 else str(folder / out)
     with (
-        FarmKit(folder / "home", redis, models=models, s3=options, max_failures=1, **told) as kit,
+        FarmKit(folder / "home", redis, models=models, s3=options, **told) as kit,
         closing(open_blobs(where, s3=options)) as place,
     ):
         kit.dispatcher()

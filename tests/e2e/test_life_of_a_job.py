@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -119,8 +121,10 @@ def test_kill_during_a_render(kit: FarmKit, victim: str) -> None:
     status = kit.farm.wait(batch.id, 60)
     assert status.counts["succeeded"] == 40
     kit.assert_whole(batch.id, orphans=victim == "worker")
+    assert any(kit.farm.history(job.ref) for job in kit.farm.jobs(batch.id)), "it was noticed"
     retried = [j for j in kit.farm.jobs(batch.id) if j.failures]
-    assert 1 <= len(retried) <= 4, "only the jobs whose render had begun are suspects"
+    assert len(retried) <= 4, "only the jobs whose render had begun are suspects"
+    assert retried or victim == "child"  # which may end between two micro-batches
     for job in retried:
         codes = {event["code"] for event in kit.farm.history(job.ref)}
         assert codes <= {"ERR_ENGINE_KILLED", "ERR_WORKER_LOST"}
@@ -204,8 +208,21 @@ def test_a_worker_whose_session_was_lost_records_nothing(sqlite_kit: FarmKit) ->
     batch = kit.farm.submit(["a"], model="fake-slow")
     until(lambda: kit.farm.job(f"{batch.id}/0").started_at is not None, 30)
     child = engine_child(ghost)
-    for process in (ghost, child):
-        process.send_signal(signal.SIGSTOP)
+
+    def is_asleep() -> bool:
+        """Stopped, but not within a transaction: SQLite has one writer, the farm would wait."""
+        for process in (ghost, child):
+            process.send_signal(signal.SIGSTOP)
+        with closing(sqlite3.connect(kit.home / "farm.db", timeout=1)) as probe:
+            try:
+                probe.execute("BEGIN IMMEDIATE")
+                return True
+            except sqlite3.OperationalError:
+                for process in (child, ghost):
+                    process.send_signal(signal.SIGCONT)
+                return False
+
+    until(is_asleep, 30)
     until(lambda: kit.farm.job(f"{batch.id}/0").state == "queued", 30)
     kit.worker("fake-slow")
     assert kit.farm.wait(batch.id, 30).counts["succeeded"] == 1
@@ -273,7 +290,9 @@ def test_s3_away_holds_the_pictures_and_goes_on(
     ) as kit:
         kit.dispatcher()
         kit.worker()
-        batch = kit.farm.submit([f"p{i}" for i in range(60)], model="fake-one")
+        batch = kit.farm.submit(
+            [{"prompt": f"p{i}", "steps": 40} for i in range(60)], model="fake-one"
+        )
         until(lambda: kit.farm.status(batch.id).counts["succeeded"] >= 4, 30)
         s3_server.stop()
         try:

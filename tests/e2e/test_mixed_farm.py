@@ -156,7 +156,7 @@ def test_a_cancelled_render_of_native_code_gives_way_to_the_next(
         before = engine_child(worker).pid
         endless = kit.farm.submit([{"prompt": "a cat", "model": "klein", "steps": 500, "width": 512,
                                     "height": 512}])  # fmt: skip
-        until(lambda: kit.farm.status(endless.id).counts["running"] == 1, 30)
+        until(lambda: kit.farm.job(f"{endless.id}/0").started_at is not None, 30)
         kit.farm.cancel(endless.id)
         after = kit.farm.submit([{"prompt": "a dog", "model": "klein"}])
         assert kit.farm.wait(endless.id, 30).counts["cancelled"] == 1

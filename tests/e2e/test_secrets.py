@@ -6,11 +6,10 @@ Searched are logs and output at the most talkative level, SQL, HTTP answers, com
 from __future__ import annotations
 
 import io
-import os
 import re
 import traceback
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import boto3
@@ -69,7 +68,7 @@ class Seen:
 
     def command_lines(self) -> None:
         for child in psutil.Process().children(recursive=True):
-            if child.pid != os.getpid():
+            with suppress(psutil.NoSuchProcess):  # it has ended
                 self.texts[f"command line of {child.pid}"] = " ".join(child.cmdline())
 
     def logs(self) -> None:
