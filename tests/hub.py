@@ -32,6 +32,7 @@ class Mischief:
     """What the server does wrong. `cut`: bytes of a file after which it hangs up, once each."""
 
     cut: int | None = None
+    falls: bool = True  # and is down once it has hung up
     down: bool = False
     names: list[str] = field(default_factory=list)  # more file names in the listing
     flip: bool = False
@@ -149,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
             about["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
             status, body = 206, data[start:]
         cut = hub.mischief.cut if name == BIG else None
-        if cut is not None:
+        if cut is not None and hub.mischief.falls:
             hub.mischief.down = True
         self._send(status, body, about, cut)
 

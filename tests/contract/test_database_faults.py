@@ -115,7 +115,11 @@ def _set_read_only(db: Database, wanted: bool) -> None:
         if db.dialect == "sqlite":
             connection.exec_driver_sql(f"PRAGMA query_only={state}")  # the pool has this one only
             return
+        connection.detach()  # its session keeps what is set here: nobody else's
         connection.execute(text("SET default_transaction_read_only = off"))
         name = db.engine.url.database
         connection.execute(text(f"ALTER DATABASE {name} SET default_transaction_read_only={state}"))
-    db.engine.dispose()
+        others = "datname = current_database() AND pid <> pg_backend_pid()"
+        connection.execute(
+            text(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
+        )

@@ -53,8 +53,8 @@ def limit(memory: float) -> tuple[str, str]:
 
 
 def worker_of(kit: FarmKit, pid: int) -> Worker:
-    (found,) = (worker for worker in kit.farm.workers() if worker.pid == pid)
-    return found
+    until(lambda: pid in kit.live(), 30)
+    return next(worker for worker in kit.farm.workers() if worker.pid == pid)
 
 
 def test_a_worker_gives_up_what_it_must_shows_it_and_the_next_begins_with_it(kit: FarmKit) -> None:

@@ -344,7 +344,7 @@ def test_what_was_fetched_is_what_diffusers_loads(farm: Farm, home: Path, tmp_pa
 
 
 def test_a_new_process_goes_on_from_the_byte_it_had(farm: Farm, hub: Hub, place: Path) -> None:
-    hub.mischief.cut = 1_700_000
+    hub.mischief.cut, hub.mischief.falls = 1_700_000, False
     ran = farm("models", "fetch", "tiny", "--retries", "0", "--json")
     assert (ran.code, ran.json["error"]["code"]) == (1, "ERR_HUB_UNAVAILABLE")
     assert not place.exists()

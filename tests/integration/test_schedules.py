@@ -92,7 +92,7 @@ def runs(db: Database, schedule_id: str) -> list[Run]:
 
 @pytest.fixture
 def kit(redis_url: str, tmp_path: Path) -> Iterator[FarmKit]:
-    with FarmKit(tmp_path / "home", redis_url, session_ttl_s=1.5) as kit:
+    with FarmKit(tmp_path / "home", redis_url, session_ttl_s=4.0) as kit:
         yield kit
 
 

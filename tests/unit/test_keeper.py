@@ -91,7 +91,9 @@ class Bench:
         return self.kit.states(claim.ref.batch_id)
 
     def files(self) -> list[Path]:
-        return [p for p in (self.home / "spool").rglob("*") if p.is_file() and p.name != "lock"]
+        """The pictures that are whole there."""
+        found = (self.home / "spool").rglob("*")
+        return [p for p in found if p.is_file() and not p.name.startswith(("lock", ".part-"))]
 
     def end(self, keeper: Keeper) -> None:
         """As a worker does that is to end."""
@@ -163,8 +165,7 @@ def test_the_engine_waits_when_memory_and_spool_are_full(
     bench.store.there.clear()
     thread, kept = keep_all(keeper, claims)
     soon(lambda: "is full" in keeper.trouble and keeper._in_memory == 8)
-    thread.join(0.05)
-    assert len(kept) == 8 + len(bench.files())
+    soon(lambda: len(kept) == 8 + len(bench.files()))
     assert len(kept) < 40
     bench.store.there.set()
     thread.join(20)
