@@ -202,10 +202,11 @@ def test_a_wrong_token_and_no_hub(tmp_path: Path, hub: DatasetHub) -> None:
     source = three(tmp_path / "set")
     with pytest.raises(AccessDenied, match="HF_TOKEN must be one that may write there"):
         published(source, hub, token="hf_wrong")
-    with socket.create_server(("127.0.0.1", 0)) as nobody:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-    with pytest.raises(HubUnavailable, match=r"ConnectError: .*; publish it again"):
-        publish_to_hub(source, "the source", TO, url, TOKEN, False, lambda file, new: None)
+        with pytest.raises(HubUnavailable, match=r"ConnectError: .*; publish it again"):
+            publish_to_hub(source, "the source", TO, url, TOKEN, False, lambda file, new: None)
 
 
 @pytest.mark.parametrize(
