@@ -10,11 +10,13 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import PurePosixPath
-from threading import Lock, Thread
+from threading import Lock
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.hub import LocalServer, git
 
 TOKEN = "hf_of_the_tests"
 LARGE = (".tar", ".parquet", ".png", ".gz", ".jsonl")  # as its .gitattributes say
@@ -32,16 +34,13 @@ class Commit:
     deleted: list[str] = field(default_factory=list)
 
 
-class DatasetHub(ThreadingHTTPServer):
+class DatasetHub(LocalServer):
     """One repository, me/shapes, private or not; None: it is not there. `sent`: uploads, by hash.
 
     `refuse`: the status that requests of a method and path are answered with instead.
     """
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, bytes] = {}
         self.stored: dict[str, bytes] = {}
         self.commits: list[Commit] = []
@@ -50,22 +49,12 @@ class DatasetHub(ThreadingHTTPServer):
         self.refuse: dict[tuple[str, str], int] = {}
         self.elsewhere = 0  # commits of somebody else
         self.lock = Lock()
-        self.thread = Thread(target=self.serve_forever, args=(0.05,))
-        self.thread.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
+        super().__init__(_Handler)
 
     @property
     def head(self) -> str:
         told = f"{len(self.commits)} {self.elsewhere}"
         return hashlib.sha1(told.encode()).hexdigest()
-
-    def stop(self) -> None:
-        self.shutdown()
-        self.thread.join()
-        self.server_close()
 
     def row(self, key: str) -> dict[str, Any]:
         """As a listing tells of a file."""
@@ -90,11 +79,6 @@ class DatasetHub(ThreadingHTTPServer):
             (commit.deleted if line["key"] == "deletedFile" else commit.put).append(key)
         self.commits.append(commit)
         return commit
-
-
-def git(data: bytes) -> str:
-    """The hash that git knows a file by."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 class _Handler(BaseHTTPRequestHandler):

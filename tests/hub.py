@@ -40,13 +40,30 @@ class Mischief:
     no_range: bool = False
 
 
-class Hub(ThreadingHTTPServer):
-    """One repository, me/tiny, at one commit. `asked`: every request so far."""
+class LocalServer(ThreadingHTTPServer):
+    """Serves on a free port, in threads, from its making until `stop`."""
 
     daemon_threads = True
 
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
+        self.thread = Thread(target=self.serve_forever, args=(0.05,))
+        self.thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def stop(self) -> None:
+        self.shutdown()
+        self.thread.join()
+        self.server_close()
+
+
+class Hub(LocalServer):
+    """One repository, me/tiny, at one commit. `asked`: every request so far."""
+
     def __init__(self, big: int = 3_000_000) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
         noise = random.Random(1)
         self.files = {
             "README.md": b"a card",
@@ -61,12 +78,7 @@ class Hub(ThreadingHTTPServer):
         }
         self.asked: list[Asked] = []
         self.mischief = Mischief()
-        self.thread = Thread(target=self.serve_forever, args=(0.05,))
-        self.thread.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
+        super().__init__(_Handler)
 
     def ranges(self, name: str = BIG) -> list[str | None]:
         """The Range headers of the requests for a file's bytes."""
@@ -80,8 +92,7 @@ class Hub(ThreadingHTTPServer):
         return {"sha": COMMIT, "siblings": rows, "cardData": card, "config": config}
 
     def _row(self, name: str, data: bytes) -> dict[str, Any]:
-        oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-        row: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": oid}
+        row: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": git(data)}
         if is_large(name):
             row["lfs"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         return row
@@ -89,17 +100,17 @@ class Hub(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that was killed, or that cut the connection, is no news."""
 
-    def stop(self) -> None:
-        self.shutdown()
-        self.thread.join()
-        self.server_close()
-
     def write_to(self, folder: Path) -> None:
         """The repository as a directory."""
         for name, data in self.files.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
+
+
+def git(data: bytes) -> str:
+    """The hash that git knows a file by."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def is_large(name: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -18,20 +18,20 @@ import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from farm.blobs import BlobStore
 from farm.datasets.manifest import Manifest, files_of, manifest_of
-from farm.datasets.publish import fetch
-from farm.datasets.stats import LAYOUT, LOOSE, MANIFEST, OWN, File, json_bytes
+from farm.datasets.place import mark
+from farm.datasets.publish import Done, fetch
+from farm.datasets.stats import LOOSE, MANIFEST, OWN, File
 from farm.errors import AccessDenied, FarmError, HubUnavailable, InvalidConfig
 
-SCHEME = "hf://"
 COMMIT_FILES = 1_000  # as many as huggingface_hub commits at most when it uploads large folders
 TOGETHER_FILES, TOGETHER_BYTES = 32, 256 * 2**20  # sent side by side; they lie here until they are
 _THREADS = 4
 _WHERE = re.compile(r"hf://datasets/([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})/?", re.ASCII)
-Done = Callable[[File, bool], None]
 
 
 def repository(where: str) -> str:
@@ -112,8 +112,8 @@ class _Upload:
         if there.lfs:
             return there.lfs.sha256 == file.sha256
         data = self._source.get(file.key)  # small: the hub keeps it in git itself
-        told = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-        return hashlib.sha256(data).hexdigest() == file.sha256 and told == there.blob_id
+        same = git_hash(data) == there.blob_id
+        return same and hashlib.sha256(data).hexdigest() == file.sha256
 
     def _send(self, files: list[File]) -> None:
         additions = []
@@ -132,8 +132,7 @@ class _Upload:
         self._operations += these
         if len(self._operations) >= COMMIT_FILES:
             if not self._begun:  # so that a later call knows it for its own
-                mark = json_bytes({"layout": LAYOUT, "name": self._manifest.name})
-                self._operations.append(CommitOperationAdd(MANIFEST, mark))
+                self._operations.append(CommitOperationAdd(MANIFEST, mark(self._manifest.name)))
                 self._begun = True
             self._commit(f"{self._manifest.name}: a part")
 
@@ -182,8 +181,6 @@ def _told(to: str) -> Iterator[None]:
     """Raises what `huggingface_hub` raises as the farm's; its texts may hold signed URLs."""
     try:
         yield
-    except FarmError:
-        raise
     except (
         httpx2.HTTPError,
         EntryNotFoundError,

@@ -55,12 +55,17 @@ def take(place: BlobStore, name: str) -> None:
                 f"{key} lies in the place of the dataset, and no {MANIFEST} that says whose it is; "
                 f"give {name!r} an empty place, or remove what is there"
             )
-        place.put(MANIFEST, json_bytes({"layout": LAYOUT, "name": name}), content_type(MANIFEST))
+        place.put(MANIFEST, mark(name), content_type(MANIFEST))
     elif found.get("name") != name:
         raise InvalidConfig(
             f"a dataset named {str(found.get('name'))[:60]!r} lies there; give {name!r} a place of "
             "its own, or remove the other one"
         )
+
+
+def mark(name: str) -> bytes:
+    """The manifest of a dataset that is not finished: whose the place is."""
+    return json_bytes({"layout": LAYOUT, "name": name})
 
 
 def _first(place: BlobStore) -> str | None:

@@ -13,16 +13,15 @@ from farm.datasets.seen import Seen, mark_of
 from farm.datasets.stats import MANIFEST, File, hash_of
 from farm.errors import BlobDamaged
 
+Done = Callable[[File, bool], None]  # a file, and whether it was copied
 
-def publish(
-    source: BlobStore, where: str, target: BlobStore, done: Callable[[File, bool], None]
-) -> None:
+
+def publish(source: BlobStore, where: str, target: BlobStore, done: Done) -> None:
     """Copy it; what lies there already, to the byte, stays, so that it can be gone on with.
 
-    Of an earlier version of the dataset, what is not in this one is removed at the end. `done` is
-    called with each file, and whether it was copied. Raises NotFound where there is no finished
-    dataset, BlobDamaged for a file that is not what was written, and InvalidConfig for a target
-    where something else lies.
+    Of an earlier version of the dataset, what is not in this one is removed at the end. Raises
+    NotFound where there is no finished dataset, BlobDamaged for a file that is not what was
+    written, and InvalidConfig for a target where something else lies.
     """
     manifest = manifest_of(source, where)
     take(target, manifest.name)
